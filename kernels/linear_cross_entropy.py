@@ -1,0 +1,87 @@
+"""Cross-entropy of a linear layer's logits without holding the logits of more than one chunk of tokens.
+
+The gradient is computed in the forward pass, while a chunk's logits exist: d loss / d logits =
+softmax(logits) − onehot(target). Peak memory is one [chunk, V] fp32 block instead of [N, V].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What `linear_cross_entropy` returns; only `loss_sum` carries a gradient."""
+
+    loss_sum: Tensor
+    """Scalar fp32: sum over counted tokens of −ln p(target), in nats."""
+    correct: Tensor
+    """Scalar int64: counted tokens whose target has the highest logit."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # fp32, so that adding many chunks loses nothing when the weight itself is bf16.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            counted = targets[chunk] != ignore_index
+            target = targets[chunk].masked_fill(~counted, 0)[:, None]
+            logits = (hidden[chunk] @ weight.T).float()
+            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+            losses = (lse - logits.gather(1, target)).squeeze(1)
+            # where, not a product: an ignored row may hold inf, and inf · 0 is NaN.
+            loss_sum += torch.where(counted, losses, 0.0).sum()
+            correct += ((logits.argmax(-1) == target.squeeze(1)) & counted).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = logits.sub_(lse).exp_()
+            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+            grad_logits.masked_fill_(~counted[:, None], 0.0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[chunk]
+
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad_loss = grads[0]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, chunk_tokens: int = 4096
+) -> LinearCrossEntropyOutput:
+    """Sum of the cross-entropies of `hidden @ weight.T` against `targets`.
+
+    Args:
+        hidden: [N, H], fp32, bf16 or fp16.
+        weight: [V, H], same dtype: the LM head. Frozen, it costs no gradient product.
+        targets: [N] int64 in [0, V), or `ignore_index` for tokens that do not count.
+        ignore_index: target value that contributes neither loss nor gradient.
+        chunk_tokens: tokens whose logits exist at once; a chunk takes 4·chunk_tokens·V bytes in fp32.
+
+    Returns:
+        `LinearCrossEntropyOutput`. Nothing is read back to the host. FLOPs: 2·N·V·H, and as many again
+        for each of the two gradients that is needed.
+    """
+    return LinearCrossEntropyOutput(*_LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens))  # type: ignore[misc]

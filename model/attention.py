@@ -1,0 +1,121 @@
+"""Causal attention over packed documents, and over a key/value cache while generating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Where the documents of a flat batch of N tokens begin and end.
+
+    Documents are concatenated without padding, as variable-length attention kernels want them.
+    `lengths` is a copy on the host, so that no device has to be asked for shapes.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each document; they add up to N."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32: cumulative lengths, starting at 0."""
+    position_ids: Tensor
+    """[N] int64: position of each token in its own document."""
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedDocuments:
+        """Build from document lengths in tokens; empty documents are left out."""
+        lengths = tuple(int(length) for length in lengths if length > 0)
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        ends = sizes.cumsum(0)
+        starts = (ends - sizes).repeat_interleave(sizes)
+        position_ids = torch.arange(int(sizes.sum())) - starts
+        cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
+        return cls(lengths, cu_seqlens.to(device), position_ids.to(device))
+
+
+def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[queries, keys] bool, True where a query may look: not ahead, and at most `window` keys back, itself included."""
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    return (key <= query) & (key > query - window)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    """Causal attention of [B, L, heads, D] tensors; the last query sits on the last key."""
+    queries, keys = q.shape[1], k.shape[1]
+    mask = None
+    if sliding_window is not None and keys > sliding_window:
+        mask = _window_mask(queries, keys, sliding_window, q.device)
+    elif 1 < queries < keys:
+        mask = _window_mask(queries, keys, keys, q.device)
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and queries == keys,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments, sliding_window: int | None = None
+) -> Tensor:
+    """Causal softmax(q·kᵀ/√D)·v inside every document, never across documents.
+
+    Args:
+        q: [N, heads, D]; k, v: [N, kv_heads, D], heads a multiple of kv_heads (grouped-query attention).
+        documents: the layout of the N tokens.
+        sliding_window: keys a query may see, itself included; None for all of its document.
+
+    Returns:
+        [N, heads, D].
+    """
+    lengths = documents.lengths
+    if len(set(lengths)) == 1:  # one call serves all documents: full windows, batched evaluation
+        shape = (len(lengths), lengths[0])
+        output = _sdpa(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), sliding_window)
+        return output.flatten(0, 1)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_sdpa(qi[None], ki[None], vi[None], sliding_window)[0] for qi, ki, vi in parts])
+
+
+class KeyValueCache:
+    """Keys and values of one growing sequence, for every layer.
+
+    Args:
+        layers: number of decoder layers.
+        capacity: most tokens the sequence may reach.
+        kv_heads, head_dim, dtype, device: of the keys and values.
+    """
+
+    def __init__(
+        self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layers, capacity, kv_heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+        """Store `k` and `v` ([L, kv_heads, D]) behind the cached tokens and attend from `q` ([L, heads, D]).
+
+        `length` moves on only when the caller has passed all layers (`advance`).
+        """
+        end = self.length + k.shape[0]
+        self.keys[layer, self.length : end] = k
+        self.values[layer, self.length : end] = v
+        return _sdpa(q[None], self.keys[layer, None, :end], self.values[layer, None, :end], sliding_window)[0]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` as cached, after every layer has stored them."""
+        self.length += tokens

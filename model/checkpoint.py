@@ -1,0 +1,194 @@
+"""Hugging Face checkpoints: `config.json` and safetensors files, read tensor by tensor and written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ModelConfig, read_config
+from .errors import CheckpointError
+from .llama import Llama
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+
+class CheckpointReader:
+    """Lazy access to the tensors of a checkpoint folder, whether one file or sharded.
+
+    Raises:
+        CheckpointError: if the folder holds no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        if (self.folder / INDEX_NAME).exists():
+            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
+            self.file_of: dict[str, str] = dict(index["weight_map"])
+        elif (self.folder / SINGLE_NAME).exists():
+            self.file_of = dict.fromkeys(self._keys(SINGLE_NAME), SINGLE_NAME)
+        else:
+            raise CheckpointError(f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+    def _open(self, file: str):
+        path = self.folder / file
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is named in {INDEX_NAME} but does not exist") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from None
+
+    def _keys(self, file: str) -> list[str]:
+        with self._open(file) as tensors:
+            return list(tensors.keys())
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in file order."""
+        return list(self.file_of)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the dtype it is stored in."""
+        if name not in self.file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        with self._open(self.file_of[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """All (name, tensor) pairs, one tensor in memory at a time."""
+        for file in sorted(set(self.file_of.values())):
+            with self._open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict: the handle itself is not iterable)
+                    yield name, tensors.get_tensor(name)
+
+
+def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """Load a checkpoint straight to its device and dtype, holding one extra tensor at a time.
+
+    Args:
+        folder: Hugging Face checkpoint of the Llama/Mistral family.
+        device: where the weights go.
+        dtype: what they become; None keeps the stored one.
+
+    Raises:
+        CheckpointError: naming every missing, unexpected or mis-shaped tensor at once.
+    """
+    reader = CheckpointReader(folder)
+    with torch.device("meta"):
+        model = Llama(reader.config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    loaded: dict[str, Tensor] = {}
+    seen = set()
+    problems = []
+    for name, tensor in reader:
+        seen.add(name)
+        if name not in expected:
+            # Old checkpoints store the rotary frequencies; tied ones may repeat the embedding as head.
+            if not (name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and reader.config.tie_word_embeddings)):
+                problems.append(f"unexpected {name}")
+        elif tuple(tensor.shape) != expected[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the configuration says {expected[name]}")
+        else:
+            # A copy even where nothing changes: the mapped file must be free to be replaced.
+            loaded[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+    problems += [f"missing {name}" for name in expected if name not in seen]
+    if problems:
+        raise CheckpointError(f"{folder} does not fit its own config.json: {'; '.join(problems)}")
+    model.load_state_dict(loaded, strict=False, assign=True)
+    if reader.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = 4 * 1024**3,
+    extra_files: Iterable[Path] = (),
+) -> None:
+    """Write tensors as a Hugging Face checkpoint; `folder` appears complete or not at all.
+
+    Args:
+        folder: target; an existing folder of this name is replaced.
+        config: written as `config.json`, with the dtype of the first tensor.
+        tensors: (name, tensor) pairs, taken one by one; memory stays near `max_shard_bytes`.
+        max_shard_bytes: a new safetensors file begins before this size is passed.
+        extra_files: copied beside the weights, such as tokenizer files.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    file_of: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    shard_bytes = total_bytes = shards = 0
+    dtype = None
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes, shards
+        shards += 1
+        file = f"part-{shards:05d}"
+        save_file(shard, staging / file, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(shard, file))
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + size > max_shard_bytes:
+            flush()
+        shard[name] = tensor.detach().cpu().contiguous()
+        shard_bytes += size
+        total_bytes += size
+        dtype = dtype or str(tensor.dtype).removeprefix("torch.")
+    if shard:
+        flush()
+
+    if shards == 1:
+        (staging / "part-00001").rename(staging / SINGLE_NAME)
+    else:
+        final = {f"part-{i:05d}": f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)}
+        for part, file in final.items():
+            (staging / part).rename(staging / file)
+        weight_map = {name: final[part] for name, part in file_of.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(staging / INDEX_NAME, index)
+    _write_json(staging / "config.json", config.to_hf(dtype or "float32"))
+    for file in extra_files:
+        shutil.copy2(file, staging / Path(file).name)
+    for file in staging.iterdir():
+        _fsync(file)
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        folder.rename(replaced)
+    staging.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
+    """Write a model's weights in their present dtype; a tied head is stored once, as the embedding."""
+    write_checkpoint(folder, model.config, model.named_parameters(), extra_files=extra_files)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

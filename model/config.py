@@ -1,0 +1,137 @@
+"""Model configuration, read from and written to Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+_SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and constants of a Llama- or Mistral-family decoder, under their Hugging Face names."""
+
+    model_type: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None
+    """Tokens that a position may look back on, itself included; None for all (Mistral-7B-v0.1: 4,096)."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim={self.head_dim} is odd, but rotary embedding turns pairs")
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Build from the contents of a `config.json`; raises CheckpointError for what is not supported."""
+        model_type = raw.get("model_type", "?")
+        if model_type not in _SUPPORTED:
+            raise CheckpointError(f"model_type {model_type!r} is not supported; supported: {', '.join(_SUPPORTED)}")
+        if raw.get("attention_bias") or raw.get("mlp_bias"):
+            raise CheckpointError("checkpoints with attention or MLP biases are not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported; the family uses 'silu'")
+        # transformers 5 nests the rotary constants; version 4 has `rope_theta` and `rope_scaling` on top.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise CheckpointError(f"RoPE scaling of type {rope_type!r} is not supported")
+        try:
+            heads = raw["num_attention_heads"]
+            eos = raw.get("eos_token_id")
+            return cls(
+                model_type=model_type,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+                sliding_window=raw.get("sliding_window") if model_type == "mistral" else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                initializer_range=raw.get("initializer_range", 0.02),
+                bos_token_id=raw.get("bos_token_id"),
+                eos_token_id=eos[0] if isinstance(eos, list) else eos,
+                pad_token_id=raw.get("pad_token_id"),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"config.json has no {missing}") from None
+
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The contents of a `config.json` that transformers 4 and 5, vLLM and llama.cpp read.
+
+        Args:
+            dtype: name of the weights' dtype, such as "bfloat16".
+        """
+        raw = {
+            "architectures": [_SUPPORTED[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "use_cache": True,
+            "torch_dtype": dtype,
+        }
+        if self.model_type == "mistral":
+            raw["sliding_window"] = self.sliding_window
+        else:
+            raw["mlp_bias"] = False
+        return raw
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """Read `checkpoint/config.json`; raises CheckpointError where it is missing or not usable."""
+    path = Path(checkpoint) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint folder: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    try:
+        return ModelConfig.from_hf(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

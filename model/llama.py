@@ -1,0 +1,174 @@
+"""The Llama/Mistral decoder, over flat batches of packed documents.
+
+Shape suffixes: N tokens of all documents together, H hidden size, Q query heads, K key/value heads,
+D head dimension, F feed-forward size, V vocabulary. Parameter names and layouts are those of Hugging
+Face checkpoints, so that weights move in and out untouched.
+
+Sources: Touvron et al. 2023 (arXiv 2302.13971, the block), Ainslie et al. 2023 (2305.13245, grouped
+queries), Jiang et al. 2023 (2310.06825, sliding window).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import LinearCrossEntropyOutput, apply_rope, linear_cross_entropy, rms_norm, rope_cos_sin, swiglu
+from .attention import KeyValueCache, PackedDocuments, packed_attention
+from .config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """y = weight · x / sqrt(mean(x²) + eps)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.sliding_window = config.sliding_window
+        self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
+
+    def forward(
+        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        q_NQD = apply_rope(self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        k_NKD = apply_rope(self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        v_NKD = self.v_proj(x_NH).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            out_NQD = cache.attend(self.layer, q_NQD, k_NKD, v_NKD, self.sliding_window)
+        else:
+            assert documents is not None
+            out_NQD = packed_attention(q_NQD, k_NKD, v_NKD, documents, self.sliding_window)
+        return self.o_proj(out_NQD.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x_NH), self.up_proj(x_NH)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), cos, sin, documents, cache)
+        return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+
+
+class Decoder(nn.Module):
+    """Token embedding, the layers, and the final norm: everything but the LM head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_layers = False
+
+    def forward(
+        self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        if cache is not None:
+            position_ids = torch.arange(cache.length, cache.length + len(input_ids), device=input_ids.device)
+        else:
+            assert documents is not None, "a forward pass needs either packed documents or a cache"
+            position_ids = documents.position_ids
+        cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+        x_NH = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                x_NH = checkpoint(layer, x_NH, cos, sin, documents, cache, use_reentrant=False)
+            else:
+                x_NH = layer(x_NH, cos, sin, documents, cache)
+        if cache is not None:
+            cache.advance(len(input_ids))
+        return self.norm(x_NH)
+
+
+class Llama(nn.Module):
+    """Decoder plus LM head. Build it with `Llama(config)`, or load one with `load_model`.
+
+    Set `model.recompute_layers` to keep only each layer's input and recompute the rest in backward.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every matrix from N(0, initializer_range²), every norm with ones; same generator, same weights."""
+        for parameter in self.parameters():  # shared tensors are visited once
+            with torch.no_grad():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def hidden_states(self, input_ids: Tensor, documents: PackedDocuments) -> Tensor:
+        """Final hidden states [N, H] of packed documents; `input_ids` is [N] int64."""
+        return self.model(input_ids, documents)
+
+    def forward(
+        self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Logits [N, V] in the weights' dtype, of packed documents or of the tokens behind `cache`."""
+        return self.lm_head(self.model(input_ids, documents, cache))
+
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments, *, chunk_tokens: int = 4096
+    ) -> LinearCrossEntropyOutput:
+        """Summed next-token loss in nats, without ever holding all logits.
+
+        Args:
+            input_ids: [N] int64.
+            targets: [N] int64, −100 where nothing is to be predicted.
+            documents: layout of the N tokens.
+            chunk_tokens: tokens whose logits exist at once.
+        """
+        hidden_NH = self.hidden_states(input_ids, documents)
+        return linear_cross_entropy(hidden_NH, self.lm_head.weight, targets, chunk_tokens=chunk_tokens)
+
+    def log_probabilities(self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments) -> Tensor:
+        """ln p(target) of every token, [N] fp32; 0 where the target is −100. For scoring, without gradient."""
+        logits_NV = self(input_ids, documents).float()
+        return -F.cross_entropy(logits_NV, targets, reduction="none")
