@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The steps of a run, one module each; every module gives its units of work."""

@@ -1,0 +1,95 @@
+"""Loss of a model on packed text: nats per token, next-token accuracy, and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from ..model import Llama
+from ..tokenizer import Tokenizer
+from .batches import IGNORE_INDEX, ExampleSequences, SequenceSource, batched
+
+CPU_CHUNK_TOKENS = 512
+"""Tokens whose logits exist at once on a CPU: larger blocks fall out of the caches."""
+
+
+class LossResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Loss of a model on some text."""
+
+    loss: float
+    """Mean cross-entropy in nats per predicted token; not comparable across tokenizers."""
+    accuracy: float
+    """Share of tokens whose most likely prediction is right."""
+    bits_per_byte: float | None
+    """Total cross-entropy in bits over the UTF-8 bytes of the text, comparable across tokenizers."""
+    tokens: int
+    """Predicted tokens."""
+
+
+def loss_chunk_tokens(device: torch.device) -> int:
+    """Tokens per block of logits that suit the device."""
+    return CPU_CHUNK_TOKENS if device.type == "cpu" else 4096
+
+
+@torch.inference_mode()
+def evaluate_loss(
+    model: Llama, source: SequenceSource, *, batch_size: int, text_bytes: int | None = None
+) -> LossResult:
+    """Loss on every sequence of `source`.
+
+    Args:
+        model: any model; its device decides where this runs.
+        source: numbered sequences.
+        batch_size: sequences in a forward pass.
+        text_bytes: UTF-8 bytes of the text behind the sequences, for bits per byte.
+    """
+    device = model.lm_head.weight.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    tokens = 0
+    for batch in batched(source, range(len(source)), batch_size, device):
+        output = model.loss(batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(device))
+        nats += output.loss_sum
+        correct += output.correct
+        tokens += batch.num_targets
+    total = float(nats)
+    return LossResult(
+        loss=total / max(1, tokens),
+        accuracy=int(correct) / max(1, tokens),
+        bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
+        tokens=tokens,
+    )
+
+
+def text_windows(tokenizer: Tokenizer, texts: Sequence[str], window: int) -> ExampleSequences:
+    """Documents as the packer writes them (BOS, text, EOS), each cut into windows of `window` tokens.
+
+    A window's first target is the token behind the window before it, so that every token but BOS is
+    predicted exactly once.
+    """
+    examples = []
+    for ids in tokenizer.encode_batch(texts):
+        document = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        targets = [*document[1:], IGNORE_INDEX]
+        for begin in range(0, len(document), window):
+            examples.append((document[begin : begin + window], targets[begin : begin + window]))
+    return ExampleSequences(examples, window, seed=0)
+
+
+def evaluate_text(
+    model: Llama, tokenizer: Tokenizer, texts: Sequence[str], *, window: int = 512, batch_size: int = 8
+) -> LossResult:
+    """Loss and bits per byte on plain texts, end-of-sequence tokens included.
+
+    Args:
+        model: whose vocabulary is the tokenizer's.
+        tokenizer: encodes the texts.
+        texts: documents.
+        window: most tokens of context.
+        batch_size: windows in a forward pass.
+    """
+    text_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    return evaluate_loss(model, text_windows(tokenizer, texts, window), batch_size=batch_size, text_bytes=text_bytes)

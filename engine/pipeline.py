@@ -1,0 +1,97 @@
+"""Runs the steps of a recipe, skipping what is finished and current."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .errors import RecipeError
+from .recipe import Recipe
+from .run_folder import Stopwatch, digest_of
+from .steps import base, corpus, evaluate, export, hybrid_tokenizer, init, pack, sft, train
+from .steps.context import Context, Unit
+
+STEPS = {
+    "base": base,
+    "filter": corpus,
+    "tokenizer": hybrid_tokenizer,
+    "init": init,
+    "pack": pack,
+    "train": train,
+    "sft": sft,
+    "eval": evaluate,
+    "export": export,
+}
+"""Steps in the order they run, and the module of each."""
+
+_RESULT_VERSION = 1
+"""Part of every digest: raise it when a change of the code changes what steps write."""
+
+
+def run_recipe(
+    recipe: Recipe, *, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Run every step of a recipe that is out of date, or one step.
+
+    Args:
+        recipe: what to do.
+        only: name of the one step to run, on what the steps before it have left.
+        force: redo steps that are up to date.
+        say: called with one line for each step.
+
+    Returns:
+        The manifests of all units that were run or skipped, in order.
+
+    Raises:
+        One of `USER_ERRORS` for what the user can mend; `Interrupted` once a stopped stage is saved.
+    """
+    context = Context.create(recipe)
+    names = list(STEPS) if only is None else [only]
+    units = [unit for name in names for unit in STEPS[name].units(context)]
+    if not units:
+        raise RecipeError(f"this recipe has no [{only}] section, so there is nothing to run")
+    with context.run.locked():
+        return [_run_unit(context, unit, force, say) for unit in units]
+
+
+def _run_unit(context: Context, unit: Unit, force: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    inputs = dict(unit.inputs())
+    digest = digest_of({"version": _RESULT_VERSION, "unit": unit.name, "config": unit.config, "inputs": inputs})
+    step = context.run.step(unit.name)
+    if step.is_current(digest) and not force:
+        say(f"{unit.name}: up to date")
+        return step.require()
+    folder = step.begin(digest)
+    watch = Stopwatch()
+    result = unit.run(folder)
+    step.finish(digest, unit.config, inputs, result, watch.seconds)
+    say(f"{unit.name}: {result.went_in} -> {result.came_out} ({watch.seconds:.1f} s)")
+    return step.require()
+
+
+def manifests(recipe: Recipe) -> list[dict[str, Any]]:
+    """Manifests of all finished units of a recipe, in order."""
+    context = Context.create(recipe)
+    units = [unit for name in STEPS for unit in STEPS[name].units(context)]
+    found = [context.run.step(unit.name).manifest() for unit in units]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The run as a text table: per unit what went in, what came out, and the loss before and after."""
+    header = ["step", "in", "out", "loss before", "after", "seconds"]
+    cells = [header]
+    for row in rows:
+        before, after = (f"{row[key]:.4f}" if row[key] is not None else "" for key in ("before", "after"))
+        cells.append([row["step"], row["went_in"], row["came_out"], before, after, f"{row['seconds']:.1f}"])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    lines = []
+    for number, line in enumerate(cells):
+        padded = [
+            text.rjust(width) if column >= 3 else text.ljust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)

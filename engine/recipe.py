@@ -1,0 +1,247 @@
+"""Recipes: one TOML file that describes a whole adaptation, validated key by key.
+
+Relative paths in a recipe are relative to the folder the command runs in.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ..filtering import FilterConfig
+from ..model.embedding_init import InitMethod
+from ..tokenizer import TokenizerConfig
+from .errors import RecipeError
+from .stages import LoRAConfig, Positive, Stage
+from .trainer import LoopConfig
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class PretrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A small base model trained from scratch, where no pretrained checkpoint is at hand."""
+
+    corpus: tuple[str, ...]
+    """Files or folders of base-language text."""
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    sequence_length: Positive = 256
+    max_position_embeddings: Positive = 2048
+    rope_theta: float = 10_000.0
+    tokens: Positive
+    """Token budget."""
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-3
+
+
+class BaseConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model to adapt: a checkpoint folder, or one to pretrain."""
+
+    checkpoint: str | None = None
+    """Hugging Face checkpoint folder of the Llama/Mistral family."""
+    tokenizer: str | None = None
+    """Its SentencePiece model; by default `tokenizer.model` in the checkpoint folder."""
+    pretrain: PretrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.pretrain is None):
+            raise ValueError("base needs either a checkpoint or a [base.pretrain] section, and not both")
+        if self.pretrain is not None and self.tokenizer is None:
+            raise ValueError("base.pretrain needs base.tokenizer, the SentencePiece model to train with")
+
+
+class InitConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the rows of new vocabulary entries begin."""
+
+    embedding: InitMethod = "decomposition"
+    head: InitMethod = "decomposition"
+    compare: tuple[InitMethod, ...] = ("random",)
+    """Methods whose held-out loss is reported beside the chosen one's, used for both matrices."""
+    heldout_documents: Positive = 200
+    """Documents of the validation split to measure on."""
+
+
+class PackConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the filtered corpus becomes token shards."""
+
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Threads that tokenise; 0 for all cores."""
+
+
+class TrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Continued pretraining in stages."""
+
+    sequence_length: Positive = 4096
+    stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages share a name: {', '.join(names)}")
+
+
+class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Supervised fine-tuning on instruction data; the defaults are RedWhale's."""
+
+    data: tuple[str, ...]
+    """jsonl files whose rows hold `messages`, a list of {role, content}."""
+    heldout: tuple[str, ...] = ()
+    """The same kind of files, for the loss before and after."""
+    train: tuple[str, ...] = ("lora",)
+    lora: LoRAConfig = LoRAConfig(r=64, alpha=16.0)
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-4
+    epochs: Positive = 1
+    sequence_length: Positive = 1024
+    batch_size: Positive = 128
+    """Sequences in a global batch, each holding as many whole examples as fit."""
+
+
+class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the checkpoints of the run are measured on."""
+
+    checkpoints: tuple[Literal["base", "init", "train", "sft"], ...] = ("base", "init", "train", "sft")
+    """Which checkpoints; those of steps that the recipe does not have are left out."""
+    documents: Positive = 500
+    """Most documents of each held-out set."""
+    window: Positive = 512
+    """Most tokens of context."""
+    batch_size: Positive = 8
+    kobest: str | None = None
+    """Folder with TASK/SPLIT.tsv files in KoBEST's format."""
+    kobest_split: str = "test"
+
+
+class ExportConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The folder that is handed over."""
+
+    precision: Literal["bf16", "fp32", "stored"] = "stored"
+    """Dtype of the weights; "stored" keeps that of training."""
+    verify: bool = True
+    """Compare logits with transformers after writing, where it is installed."""
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole adaptation; a step without a section is not part of it."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run folder."""
+    runs: str = "runs"
+    """Folder of all run folders."""
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"."""
+    precision: Precision = "auto"
+    """Of the model's weights and forward pass; "auto" is bf16 where the processor multiplies it natively."""
+    heldout: dict[str, tuple[str, ...]] = {}
+    """Held-out text by domain, for token ratio and bits per byte, beside the corpus' own validation split."""
+    base: BaseConfig
+    filter: FilterConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    init: InitConfig | None = None
+    pack: PackConfig | None = None
+    train: TrainConfig | None = None
+    sft: SFTConfig | None = None
+    eval: EvalConfig | None = None
+    export: ExportConfig | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: `section.key=value` strings that replace or add values, such as
+            `train.stages[0].lr=1e-4`; the value is TOML, or else taken as a string.
+
+    Raises:
+        RecipeError: naming the file and the path of the first bad key.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder, a recipe is a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    raw.setdefault("name", Path(path).stem)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return msgspec.convert(raw, Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(str(error), raw)}") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in a raw recipe, in place.
+
+    Raises:
+        RecipeError: if the override has no `=`, or an index or a section that does not exist.
+    """
+    key, separator, text = override.partition("=")
+    parts = _path_parts(key)
+    if not separator or not parts:
+        raise RecipeError(f"{override!r} is not an override; write it as section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        where = "".join(_shown(p) for p in parts[:depth]).lstrip(".") or "the recipe"
+        _require_container(node, part, f"override {override!r}: {where}")
+        if depth < len(parts) - 1:
+            node = node[part] if isinstance(part, int) else node.setdefault(part, {})
+    node[parts[-1]] = value
+
+
+def _require_container(node: Any, part: str | int, where: str) -> None:
+    """Raise RecipeError unless `node[part]` can be set."""
+    if isinstance(part, str) and not isinstance(node, dict):
+        raise RecipeError(f"{where} is not a section")
+    if isinstance(part, int) and not (isinstance(node, list) and part < len(node)):
+        size = len(node) if isinstance(node, list) else 0
+        raise RecipeError(f"{where} has {size} entries, there is no [{part}]")
+
+
+def _path_parts(key: str) -> list[str | int]:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+(\[\d+\])*(\.[A-Za-z0-9_-]+(\[\d+\])*)*", key):
+        return []
+    return [int(i) if i else name for name, i in re.findall(r"([A-Za-z0-9_-]+)|\[(\d+)\]", key)] if key else []
+
+
+def _shown(part: str | int) -> str:
+    return f"[{part}]" if isinstance(part, int) else f".{part}"
+
+
+def _explain(message: str, raw: dict[str, Any]) -> str:
+    """msgspec's message, led by the key it is about and followed by the value that was given."""
+    text, _, location = message.partition(" - at `$")
+    key = location.rstrip("`").lstrip(".")
+    text = text.replace("`", "")
+    if not key:
+        return text
+    node: Any = raw
+    for part in _path_parts(key):
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            return f"{key}: {text}"
+    given = "" if isinstance(node, dict | list) else f" ({node!r})"
+    return f"{key}: {text}{given}"

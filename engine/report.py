@@ -1,0 +1,244 @@
+"""One self-contained HTML page about a run: what the filter dropped, token ratio, losses, evaluation."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from .errors import RunError
+from .run_folder import MANIFEST
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733 }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dde5 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #e4eaf0; text-align: left; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+svg { max-width: 100%; height: auto } .muted { color: #66788a } q { color: #66788a }
+"""
+_COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#b8860b", "#4a5a6a")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the manifests and metrics of the run, and return its path.
+
+    The page needs no other file and no network.
+
+    Raises:
+        RunError: if the folder holds no finished step.
+    """
+    run_dir = Path(run_dir)
+    manifests = _read_manifests(run_dir)
+    if not manifests:
+        raise RunError(f"{run_dir} holds no finished step, so there is nothing to report")
+    by_step = {manifest["step"]: manifest for manifest in manifests}
+    sections = [_overview(manifests)]
+    builders = {"filter": _filter, "tokenizer": _tokenizer, "init": _init}
+    sections += [build(by_step[name]["summary"]) for name, build in builders.items() if name in by_step]
+    sections += [_training(run_dir, [m for m in manifests if m["step"].startswith(("train/", "sft"))])]
+    sections += [_evaluation(by_step["eval"]["summary"])] if "eval" in by_step else []
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>RedWhale: {escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(run_dir.name)}</h1><p class=muted>{_versions(manifests)}</p>{''.join(sections)}</body></html>\n"
+    )
+    path = run_dir / "report.html"
+    staging = path.with_name("report.html.writing")
+    staging.write_text(page, encoding="utf-8")
+    staging.rename(path)
+    return path
+
+
+def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
+    paths = [*run_dir.glob(f"*/{MANIFEST}"), *run_dir.glob(f"train/*/{MANIFEST}")]
+    paths = [path for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(manifests, key=lambda manifest: (manifest["finished"], manifest["step"]))
+
+
+def _versions(manifests: Sequence[dict[str, Any]]) -> str:
+    versions = manifests[-1]["versions"]
+    return escape(", ".join(f"{package} {version}" for package, version in versions.items()))
+
+
+def _overview(manifests: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (m["step"], m["went_in"], m["came_out"], _number(m["before"], 4), _number(m["after"], 4), f"{m['seconds']:.1f}")
+        for m in manifests
+    ]
+    head = ("step", "in", "out", "loss before", "loss after", "seconds")
+    return "<h2>Steps</h2>" + _table(head, rows, numeric=(3, 4, 5))
+
+
+def _filter(summary: dict[str, Any]) -> str:
+    rules = summary["rules"]
+    rows = [
+        (
+            rule["name"],
+            rule["description"],
+            f"{rule['dropped_documents']:,}",
+            f"{rule['dropped_bytes'] / 1e3:,.0f}",
+            f"{rule['failing_documents']:,}",
+            f"{rule['unique_documents']:,}",
+        )
+        for rule in rules
+    ]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rules) + 1))
+    names = [rule["name"] for rule in rules][::-1]
+    axes.barh(names, [rule["dropped_bytes"] / 1e3 for rule in rules][::-1], color=_COLOURS[0])
+    axes.set_xlabel("kB of text dropped")
+    examples = [
+        (rule["name"], example["id"], f"{example['score']:.3g}", example["snippet"])
+        for rule in rules
+        for example in rule["examples"]
+    ]
+    kept = summary["bytes_out"] / max(1, summary["bytes_in"])
+    sources = [
+        (name, *(f"{source[key]:,}" for key in ("documents_in", "documents_out", "bytes_in", "bytes_out")))
+        for name, source in summary["sources"].items()
+    ]
+    return (
+        "<h2>Filter</h2>"
+        f"<p>{summary['documents_in']:,} documents in, {summary['documents_out']:,} out; {kept:.1%} of the bytes kept; "
+        f"{summary['broken_records']:,} broken records set aside.</p>"
+        + _svg(figure)
+        + _table(
+            ("rule", "what it measures", "dropped first by it", "kB dropped", "failing it", "failing only it"),
+            rows,
+            numeric=(2, 3, 4, 5),
+        )
+        + _table(("source", "documents in", "out", "bytes in", "out"), sources, numeric=(1, 2, 3, 4))
+        + "<h3>Examples of what was dropped</h3>"
+        + _table(("rule", "document", "score", "beginning"), examples, numeric=(2,))
+    )
+
+
+def _tokenizer(summary: dict[str, Any]) -> str:
+    rows = [
+        (
+            domain["domain"],
+            f"{domain['base_tokens']:,}",
+            f"{domain['hybrid_tokens']:,}",
+            f"{domain['ratio']:.3f}",
+            f"{domain['base_chars_per_token']:.2f}",
+            f"{domain['hybrid_chars_per_token']:.2f}",
+        )
+        for domain in summary["domains"]
+    ]
+    figure, axes = plt.subplots(figsize=(6, 0.4 * len(rows) + 1))
+    axes.barh([d["domain"] for d in summary["domains"]], [d["ratio"] for d in summary["domains"]], color=_COLOURS[0])
+    axes.axvline(1.0, color="#66788a", linewidth=1, linestyle="--")
+    axes.set_xlabel("tokens of the hybrid over tokens of the base")
+    return (
+        "<h2>Tokenizer</h2>"
+        f"<p>{summary['base_pieces']:,} base pieces and {summary['added']:,} added ones; base "
+        f"{escape(Path(summary['base']).name)}; {summary['english_lines_changed']:,} of {summary['english_lines']:,} "
+        "English lines encode differently.</p>"
+        + _svg(figure)
+        + _table(
+            ("domain", "base tokens", "hybrid tokens", "token ratio", "base chars/token", "hybrid chars/token"),
+            rows,
+            numeric=(1, 2, 3, 4, 5),
+        )
+    )
+
+
+def _init(summary: dict[str, Any]) -> str:
+    everything = {"base model, base tokenizer": summary["base"], **summary["methods"]}
+    rows = [
+        (label, domain, _number(r["bits_per_byte"], 3), _number(r["loss"], 3), f"{r['accuracy']:.4f}")
+        for label, domains in everything.items()
+        for domain, r in domains.items()
+    ]
+    return (
+        "<h2>New vocabulary before any training</h2>"
+        f"<p>{summary['new_rows']:,} new rows; methods are embedding/head.</p>"
+        + _table(("method", "text", "bits per byte", "nats per token", "accuracy"), rows, numeric=(2, 3, 4))
+    )
+
+
+def _training(run_dir: Path, manifests: Sequence[dict[str, Any]]) -> str:
+    if not manifests:
+        return ""
+    figure, axes = plt.subplots(figsize=(9, 4))
+    offset = 0
+    for number, manifest in enumerate(manifests):
+        lines = [json.loads(line) for line in (run_dir / manifest["step"] / "metrics.jsonl").read_text().splitlines()]
+        colour = _COLOURS[number % len(_COLOURS)]
+        losses = [(offset + line["tokens"], line["loss"]) for line in lines if "loss" in line]
+        checks = [(offset + line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        axes.plot(*zip(*losses, strict=True), color=colour, linewidth=1, alpha=0.7, label=manifest["step"])
+        if checks:
+            axes.plot(*zip(*checks, strict=True), color=colour, marker="o", linewidth=2)
+        offset += lines[-1]["tokens"]
+        axes.axvline(offset, color="#d5dde5", linewidth=1)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False, ncols=3, fontsize=8)
+    return (
+        "<h2>Loss across the stages</h2>" + _svg(figure) + "<p class=muted>Thin: training. Dots: validation, before "
+        "and after each stage. Fine-tuning counts answer tokens only.</p>"
+    )
+
+
+def _evaluation(summary: dict[str, Any]) -> str:
+    checkpoints = summary["checkpoints"]
+    text_rows = [
+        (name, domain, _number(r["bits_per_byte"], 3), f"{r['accuracy']:.3f}", f"{r['tokens']:,}")
+        for name, measured in checkpoints.items()
+        for domain, r in measured["text"].items()
+    ]
+    task_rows = [
+        (
+            name,
+            task,
+            str(r["n"]),
+            f"{r['acc']:.3f} ± {r['acc_stderr']:.3f}",
+            f"{r['macro_f1']:.3f}",
+            _number(r["acc_norm"], 3),
+        )
+        for name, measured in checkpoints.items()
+        for task, r in measured["kobest"].items()
+    ]
+    tasks = _table(("checkpoint", "task", "items", "accuracy", "macro F1", "acc_norm"), task_rows, numeric=(2, 3, 4, 5))
+    return (
+        "<h2>Evaluation</h2>"
+        + _table(("checkpoint", "text", "bits per byte", "next-token accuracy", "tokens"), text_rows, numeric=(2, 3, 4))
+        + (tasks if task_rows else "")
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marked = (
+            f"<{tag} class=n>{escape(cell)}</{tag}>" if column in numeric else f"<{tag}>{escape(cell)}</{tag}>"
+            for column, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(marked)}</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
+
+def _svg(figure) -> str:
+    """The figure as inline SVG; text stays text, so that the page's own fonts show it."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "redwhale"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,199 @@
+"""What the steps of a run share: the recipe, the run folder, and where each step's output lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ...filtering import find_inputs, read_documents
+from ...model import Llama, load_model
+from ...tokenizer import Tokenizer
+from ..device import resolve_device, resolve_precision
+from ..errors import RecipeError
+from ..progress import Progress
+from ..recipe import Recipe
+from ..run_folder import RunFolder, StepResult
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_DOES_NOT_CHANGE_RESULTS = {"workers", "threads", "log_every", "checkpoint_every", "validate_every"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One folder's worth of work: a step, or one stage of `train`."""
+
+    step: str
+    """The command that runs it."""
+    name: str
+    """Its folder below the run's."""
+    config: Any
+    """JSON value; together with the inputs it decides whether finished work is still current."""
+    inputs: Callable[[], Mapping[str, str]]
+    """Hashes of what it reads."""
+    run: Callable[[Path], StepResult]
+    """Does the work in the given folder, going on from what an interrupted run left there."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A recipe bound to its run folder and a device."""
+
+    recipe: Recipe
+    run: RunFolder
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> Context:
+        """Resolve device and precision; raises RecipeError for a device that is not there."""
+        device = resolve_device(recipe.device)
+        return cls(recipe, RunFolder(recipe.run_dir), device, resolve_precision(recipe.precision, device))
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    # Where things are. A step that the recipe does not have is passed through.
+
+    @property
+    def base_model(self) -> Path:
+        checkpoint = self.recipe.base.checkpoint
+        return Path(checkpoint) if checkpoint is not None else self.run.path / "base" / "model"
+
+    @property
+    def base_tokenizer(self) -> Path:
+        """The base's SentencePiece model."""
+        tokenizer = self.recipe.base.tokenizer
+        return Path(tokenizer) if tokenizer is not None else self.base_model / "tokenizer.model"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.run.path / "tokenizer" if self.recipe.tokenizer is not None else self.base_tokenizer.parent
+
+    @property
+    def initial_model(self) -> Path:
+        """What continued pretraining starts from."""
+        return self.run.path / "init" / "model" if self.recipe.init is not None else self.base_model
+
+    def stage_name(self, index: int) -> str:
+        """Folder of stage `index`, such as train/1-embed+head."""
+        assert self.recipe.train is not None
+        return f"train/{index + 1}-{self.recipe.train.stages[index].name}"
+
+    @property
+    def trained_model(self) -> Path:
+        if self.recipe.train is None:
+            return self.initial_model
+        return self.run.path / self.stage_name(len(self.recipe.train.stages) - 1) / "model"
+
+    @property
+    def final_model(self) -> Path:
+        return self.run.path / "sft" / "model" if self.recipe.sft is not None else self.trained_model
+
+    # What the steps do with them.
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer_folder / "tokenizer.model")
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files, to lie beside every checkpoint."""
+        return [path for name in _TOKENIZER_FILES if (path := self.tokenizer_folder / name).exists()]
+
+    def load(self, folder: Path) -> Llama:
+        """A checkpoint on the run's device and in its precision."""
+        return load_model(folder, device=self.device, dtype=self.dtype)
+
+    def corpus_files(self, split: str) -> list[Path]:
+        """The filtered corpus, in order; `split` is "train" or "validation"."""
+        manifest = self.run.step("filter").require()
+        return [self.run.path / "filter" / name for name in manifest["outputs"] if name.startswith(f"{split}-")]
+
+    def heldout_texts(self, limit: int) -> dict[str, list[str]]:
+        """At most `limit` held-out documents by domain; "korean" is the corpus' own validation split."""
+        files: dict[str, list[Path]] = {}
+        if self.recipe.filter is not None:
+            files["korean"] = self.corpus_files("validation")
+        files.update({domain: find_inputs(paths) for domain, paths in self.recipe.heldout.items()})
+        return {domain: list(first_texts(paths, limit)) for domain, paths in files.items()}
+
+    def outputs_digest(self, step: str) -> str:
+        """Hash of what a finished step wrote; raises RunError if it is not finished."""
+        return self.run.step(step).require()["outputs_digest"]
+
+    def file_hashes(self, files: Iterable[Path]) -> dict[str, str]:
+        """Hashes of files outside the run, by path."""
+        return {str(path): self.run.file_hash(path) for path in files}
+
+    def base_hashes(self) -> dict[str, str]:
+        """Hash of the base model and its tokenizer, wherever they come from."""
+        if self.recipe.base.checkpoint is None:
+            return {"base": self.outputs_digest("base")}
+        files = sorted([*self.base_model.glob("*.safetensors"), *self.base_model.glob("*.json")])
+        return self.file_hashes([*files, self.base_tokenizer])
+
+    def tokenizer_hashes(self) -> dict[str, str]:
+        if self.recipe.tokenizer is not None:
+            return {"tokenizer": self.outputs_digest("tokenizer")}
+        return self.file_hashes([self.base_tokenizer])
+
+    def initial_hashes(self) -> dict[str, str]:
+        return {"init": self.outputs_digest("init")} if self.recipe.init is not None else self.base_hashes()
+
+    def trained_hashes(self) -> dict[str, str]:
+        if self.recipe.train is None:
+            return self.initial_hashes()
+        name = self.stage_name(len(self.recipe.train.stages) - 1)
+        return {name: self.outputs_digest(name)}
+
+    def final_hashes(self) -> dict[str, str]:
+        return {"sft": self.outputs_digest("sft")} if self.recipe.sft is not None else self.trained_hashes()
+
+    def heldout_hashes(self) -> dict[str, str]:
+        return {
+            name: digest
+            for paths in self.recipe.heldout.values()
+            for name, digest in self.file_hashes(find_inputs(paths)).items()
+        }
+
+
+def first_texts(paths: Iterable[Path], limit: int | None = None) -> Iterator[str]:
+    """Texts of the documents in files, in order, at most `limit`."""
+    count = 0
+    for path in paths:
+        for document in read_documents(path):
+            if limit is not None and count >= limit:
+                return
+            count += 1
+            yield document.text
+
+
+def texts_with_progress(label: str, paths: Iterable[Path]) -> Iterator[str]:
+    """Texts of all documents in files, showing how far the files are read."""
+    paths = list(paths)
+    with Progress(label, sum(path.stat().st_size for path in paths), "B") as progress:
+        for path in paths:
+            yield from first_texts([path])
+            progress.update(path.stat().st_size)
+
+
+def config_of(section: Any, **more: Any) -> dict[str, Any]:
+    """A section as JSON values, without the keys that only change speed or logging."""
+    raw = msgspec.to_builtins(section)
+    return {**{key: value for key, value in raw.items() if key not in _DOES_NOT_CHANGE_RESULTS}, **more}
+
+
+def model_outputs(folder: Path) -> list[str]:
+    """Files of the checkpoint `folder/model`, relative to `folder`."""
+    return sorted(str(path.relative_to(folder)) for path in (folder / "model").iterdir())
+
+
+def require_section(section: Any, name: str) -> Any:
+    """The section; raises RecipeError if the recipe has none."""
+    if section is None:
+        raise RecipeError(f"the recipe has no [{name}] section, so there is nothing to run")
+    return section

@@ -1,0 +1,86 @@
+"""Step `sft`: supervised fine-tuning on instruction data, loss on the answers only."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from ...model import save_model
+from ..batches import ExampleSequences
+from ..run_folder import StepResult
+from ..sft import encode_conversations, read_conversations
+from ..stages import Stage
+from ..trainer import Trainer
+from .context import Context, Unit, config_of, model_outputs
+
+_PROBLEMS_LISTED = 100
+
+
+def units(context: Context) -> list[Unit]:
+    """One unit where the recipe fine-tunes."""
+    config = context.recipe.sft
+    if config is None:
+        return []
+
+    def inputs() -> dict[str, str]:
+        files = [Path(path) for path in (*config.data, *config.heldout)]
+        read_conversations(files)  # a missing or unusable file is said before any hashing
+        return {**context.file_hashes(files), **context.trained_hashes(), **context.tokenizer_hashes()}
+
+    described = config_of(config, seed=context.recipe.seed, precision=context.precision)
+    return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder))]
+
+
+def run_sft(context: Context, folder: Path) -> StepResult:
+    """Fine-tune the trained model into `folder/model`."""
+    config = context.recipe.sft
+    assert config is not None
+    tokenizer = context.tokenizer()
+    conversations, problems = read_conversations([Path(path) for path in config.data])
+    examples, too_long = encode_conversations(conversations, tokenizer, config.sequence_length)
+    data = ExampleSequences(examples, config.sequence_length, context.recipe.seed)
+    validation = None
+    if config.heldout:
+        heldout, heldout_problems = read_conversations([Path(path) for path in config.heldout])
+        heldout_examples, _ = encode_conversations(heldout, tokenizer, config.sequence_length)
+        validation = ExampleSequences(heldout_examples, config.sequence_length, context.recipe.seed)
+        problems += heldout_problems
+    steps = math.ceil(config.epochs * len(data) / config.batch_size)
+    model = context.load(context.trained_model)
+    stage = Stage(
+        name="sft",
+        train=config.train,
+        tokens=steps * config.batch_size * config.sequence_length,
+        lr=config.lr,
+        lora=config.lora,
+    )
+    trainer = Trainer(
+        model,
+        stage,
+        data,
+        sequence_length=config.sequence_length,
+        folder=folder,
+        loop=config,
+        seed=context.recipe.seed,
+        validation=validation,
+    )
+    result = trainer.run()
+    save_model(model, folder / "model", extra_files=context.tokenizer_files())
+    shutil.rmtree(folder / "states", ignore_errors=True)
+    return StepResult(
+        summary={
+            "conversations": len(examples),
+            "too_long": too_long,
+            "bad_rows": len(problems),
+            "problems": problems[:_PROBLEMS_LISTED],
+            **msgspec.to_builtins(result),
+        },
+        outputs=model_outputs(folder),
+        went_in=f"{len(examples):,} conversations, {result.steps} steps",
+        came_out=f"{' + '.join(stage.train)} trained, loss on answers only",
+        before=result.before.loss if result.before else None,
+        after=result.after.loss if result.after else None,
+    )

@@ -1,0 +1,67 @@
+"""Resumable training state on disk: written whole or not at all, the latest one kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RunError
+
+_PREFIX = "step-"
+
+
+def save_training_state(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write `folder/step-NNNNNNNN/`, then delete older states.
+
+    The state is complete before it gets its name, and older ones go only after that, so that a crash or
+    a full disk at any moment leaves the latest complete state in place.
+
+    Args:
+        folder: holds the states of one stage.
+        step: steps done.
+        tensors: what the optimizer needs, by name.
+        state: JSON values, such as running sums.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{step:08d}"
+    staging = folder / f"writing-{step:08d}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, staging / "state.safetensors")
+    (staging / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+    for path in (*staging.iterdir(), staging):
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # left by a run that was stopped and repeats this step
+    staging.rename(final)
+    _fsync(folder)
+    for older in folder.iterdir():
+        if older != final:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The latest complete state of `folder` as (tensors, state), or None where there is none."""
+    complete = sorted(folder.glob(f"{_PREFIX}*")) if folder.exists() else []
+    if not complete:
+        return None
+    latest = complete[-1]
+    try:
+        return load_file(latest / "state.safetensors"), json.loads((latest / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise RunError(f"{latest} cannot be read ({error}); delete it to start this stage again") from None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
