@@ -1,1 +1,36 @@
-"""placeholder"""
+"""Raw Korean text in, a clean, deduplicated and explained corpus out.
+
+`filter_corpus` reads JSON lines, parquet and text files, normalises every document, scores it by every rule of
+`RULES`, drops what fails a rule or repeats an earlier text, and writes parquet files with a summary that says what each
+rule removed, alone and together with others. Nothing here needs torch; parquet needs pyarrow and .zst needs zstandard
+(`pip install "redwhale[filtering]"`).
+"""
+
+from .documents import BrokenRecord, Document, find_inputs, read_documents
+from .errors import CorpusError
+from .normalize import content_id, normalize_text, repair_mojibake
+from .pipeline import FilterConfig, filter_corpus
+from .rules import RULES, PreparedDocument, Rule, prepare
+from .summary import Example, FilterSummary, RuleSummary, SourceSummary, Threshold
+
+__all__ = [
+    "RULES",
+    "BrokenRecord",
+    "CorpusError",
+    "Document",
+    "Example",
+    "FilterConfig",
+    "FilterSummary",
+    "PreparedDocument",
+    "Rule",
+    "RuleSummary",
+    "SourceSummary",
+    "Threshold",
+    "content_id",
+    "filter_corpus",
+    "find_inputs",
+    "normalize_text",
+    "prepare",
+    "read_documents",
+    "repair_mojibake",
+]

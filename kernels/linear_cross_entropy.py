@@ -23,8 +23,11 @@ class LinearCrossEntropyOutput(NamedTuple):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int):
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int, grad_enabled: bool
+    ):
+        # needs_input_grad says what requires a gradient, even under no_grad where none will be asked for.
+        needs_hidden, needs_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -65,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -84,4 +87,5 @@ def linear_cross_entropy(
         `LinearCrossEntropyOutput`. Nothing is read back to the host. FLOPs: 2·N·V·H, and as many again
         for each of the two gradients that is needed.
     """
-    return LinearCrossEntropyOutput(*_LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens))  # type: ignore[misc]
+    result = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens, torch.is_grad_enabled())
+    return LinearCrossEntropyOutput(*result)  # type: ignore[misc]

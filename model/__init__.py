@@ -1,9 +1,9 @@
 """The Llama/Mistral model: definition, checkpoints, LoRA, vocabulary extension and generation.
 
-    from redwhale.model import load_model, PackedDocuments
+from redwhale.model import load_model, PackedDocuments
 
-    model = load_model("checkpoint", dtype=torch.bfloat16)
-    logits = model(input_ids, PackedDocuments.from_lengths([len(input_ids)]))
+model = load_model("checkpoint", dtype=torch.bfloat16)
+logits = model(input_ids, PackedDocuments.from_lengths([len(input_ids)]))
 """
 
 from .attention import KeyValueCache, PackedDocuments, packed_attention

@@ -1,0 +1,257 @@
+"""Finding input files and reading documents out of them: JSON lines, parquet and plain text."""
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .compression import damaged, open_decompressed
+from .errors import CorpusError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
+
+_PARQUET_ROWS_PER_BATCH = 512
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class Document:
+    """One text with its id and the name of the source it came from."""
+
+    id: str
+    text: str
+    source: str
+
+
+@dataclass(slots=True)
+class BrokenRecord:
+    """A record that holds no readable document; `record` counts lines (JSON lines) or rows (parquet) from 1."""
+
+    path: Path
+    record: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.record}: {self.reason}"
+
+
+@dataclass(slots=True)
+class RecordBatch:
+    """Consecutive undecoded records of one file, cheap to send to another process.
+
+    `records` holds bytes (a JSON line, or the whole of a text file) or rows (text, id, source) of parquet;
+    `first_record` is the number of the first; `file_bytes` is how much of the file was consumed since the batch before.
+    """
+
+    path: Path
+    first_record: int
+    records: list[Any]
+    file_bytes: int
+
+
+class _JsonRecord(msgspec.Struct):
+    text: str
+    id: Any = None
+    source: Any = None
+
+
+_decode_json = msgspec.json.Decoder(_JsonRecord).decode
+
+
+def suffix_of(path: Path) -> str | None:
+    """Returns which of `SUFFIXES` the file name ends in, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def find_inputs(patterns: Sequence[str | Path]) -> list[Path]:
+    """Returns the files behind file names, folders (recursive) and globs, each file once, in a stable order.
+
+    Folders and globs give only files that end in one of `SUFFIXES`, sorted; hidden files are left out.
+    Raises CorpusError for a pattern that gives no file, and for a named file of an unknown kind.
+    """
+    if isinstance(patterns, (str, Path)):
+        patterns = [patterns]
+    if not patterns:
+        raise CorpusError("no inputs are given: name at least one file, folder or glob")
+    known = ", ".join(SUFFIXES)
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            if suffix_of(path) is None:
+                raise CorpusError(f"cannot read input {str(path)!r}: its name must end in one of {known}")
+            files = [path]
+        elif path.is_dir():
+            files = _files_below(path)
+            if not files:
+                raise CorpusError(f"input folder {str(path)!r} holds no file that ends in one of {known}")
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            files = [file for match in matches for file in (_files_below(match) if match.is_dir() else [match])]
+            files = [file for file in files if suffix_of(file) is not None]
+            if matches and not files:
+                raise CorpusError(f"input {str(path)!r} matches no file that ends in one of {known}")
+            if not files:
+                raise CorpusError(f"input {str(path)!r} does not exist: give a file, a folder or a glob that matches")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def read_documents(path: Path, *, on_broken: Callable[[BrokenRecord], None] | None = None) -> Iterator[Document]:
+    """Yields the documents of one .jsonl, .parquet or .txt file (one document), .gz and .zst included, as a stream.
+
+    Bytes are decoded as strict UTF-8, then as CP949. A record without an id gets `FILE NAME:RECORD NUMBER`, one
+    without a source the file name without its suffix. Every record that holds no text goes to `on_broken`.
+    Raises CorpusError when the file is missing or damaged, or a package that reads it is not installed.
+    """
+    for batch in read_batches(path):
+        documents, broken = decode_batch(batch)
+        if on_broken is not None:
+            for record in broken:
+                on_broken(record)
+        yield from documents
+
+
+def read_batches(path: Path, *, batch_bytes: int = 1 << 20) -> Iterator[RecordBatch]:
+    """Yields the file's records in batches of about `batch_bytes`, whose `file_bytes` sum to the file's size.
+
+    Raises CorpusError as `read_documents` does.
+    """
+    path = Path(path)
+    suffix = suffix_of(path)
+    if suffix is None:
+        raise CorpusError(f"cannot read {str(path)!r}: its name must end in one of {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        yield from _parquet_batches(path)
+        return
+    whole_file = suffix.startswith(".txt")
+    consumed = 0
+    first_record = 1
+    with open_decompressed(path) as (stream, file):
+        if whole_file:
+            yield RecordBatch(path, 1, [stream.read()], file.tell())
+            return
+        while records := stream.readlines(batch_bytes):
+            position = file.tell()
+            yield RecordBatch(path, first_record, records, position - consumed)
+            first_record += len(records)
+            consumed = position
+        # What follows the last line: the end mark of a compressed stream.
+        if file.tell() > consumed:
+            yield RecordBatch(path, first_record, [], file.tell() - consumed)
+
+
+def decode_batch(batch: RecordBatch) -> tuple[list[Document], list[BrokenRecord]]:
+    """Returns the documents of a batch and its broken records; a blank line is neither."""
+    suffix = suffix_of(batch.path) or ""
+    stem = batch.path.name[: len(batch.path.name) - len(suffix)]
+    documents: list[Document] = []
+    broken: list[BrokenRecord] = []
+    for number, record in enumerate(batch.records, start=batch.first_record):
+        try:
+            if suffix == ".parquet":
+                text, identifier, source = record
+                text = decode_text(text) if isinstance(text, bytes) else text
+            elif suffix.startswith(".jsonl"):
+                if not record.strip():
+                    continue
+                text, identifier, source = _parse_json(record)
+            else:
+                text, identifier, source = decode_text(record), None, None
+            if not text or text.isspace():
+                raise _Unreadable("the text is empty")
+        except _Unreadable as error:
+            broken.append(BrokenRecord(batch.path, number, str(error)))
+            continue
+        documents.append(
+            Document(
+                id=f"{batch.path.name}:{number}" if identifier is None else str(identifier),
+                text=text,
+                source=stem if source is None else str(source),
+            )
+        )
+    return documents, broken
+
+
+class _Unreadable(Exception):
+    pass
+
+
+def decode_text(data: bytes) -> str:
+    """Decodes strict UTF-8 (a byte-order mark is dropped), else CP949.
+
+    Strict UTF-8 never accepts Korean CP949 text of useful length, so the order decides without a detector.
+    """
+    data = data.removeprefix(_UTF8_BOM)
+    for encoding in ("utf-8", "cp949"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise _Unreadable("the bytes are neither UTF-8 nor CP949")
+
+
+def _parse_json(line: bytes) -> tuple[str, Any, Any]:
+    text = decode_text(line)
+    try:
+        record = _decode_json(text)
+    except msgspec.ValidationError as error:
+        raise _Unreadable(f"no usable text: {error}") from error
+    except msgspec.DecodeError as error:
+        # msgspec refuses unpaired surrogates, which crawlers write and normalisation replaces.
+        record = _parse_surrogates(text) if "\\ud" in text.lower() else None
+        if record is None:
+            raise _Unreadable(f"bad JSON: {error}") from error
+    except RecursionError as error:
+        raise _Unreadable("bad JSON: it is nested too deeply") from error
+    return record.text, record.id, record.source
+
+
+def _parse_surrogates(text: str) -> _JsonRecord | None:
+    try:
+        return msgspec.convert(json.loads(text), _JsonRecord)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _files_below(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if suffix_of(path) is not None and path.is_file())
+    visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(visible)
+
+
+def _parquet_batches(path: Path) -> Iterator[RecordBatch]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise CorpusError('reading parquet needs pyarrow: pip install "redwhale[filtering]"') from error
+    if not path.is_file():
+        raise CorpusError(f"cannot read {str(path)!r}: no such file")
+    file_bytes = path.stat().st_size
+    consumed = 0
+    rows_done = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise CorpusError(f"{str(path)!r} has no column 'text': its columns are {', '.join(names)}")
+            columns = [name for name in ("text", "id", "source") if name in names]
+            for rows in file.iter_batches(_PARQUET_ROWS_PER_BATCH, columns=columns):
+                values = {name: rows.column(name).to_pylist() for name in columns}
+                empty = [None] * rows.num_rows
+                records = list(zip(values["text"], values.get("id", empty), values.get("source", empty), strict=True))
+                rows_done += rows.num_rows
+                position = file_bytes * rows_done // file.metadata.num_rows
+                yield RecordBatch(path, rows_done - rows.num_rows + 1, records, position - consumed)
+                consumed = position
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise damaged(path, error) from error
+    if consumed < file_bytes:
+        yield RecordBatch(path, 1, [], file_bytes - consumed)

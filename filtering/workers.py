@@ -1,0 +1,70 @@
+"""An ordered map over batches in worker processes, with a bounded number of batches in flight."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from .errors import CorpusError
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def ordered_map(
+    function: Callable[[Input], Output], inputs: Iterable[Input], workers: int
+) -> Generator[Output, None, None]:
+    """Yields `function(input)` in input order; one worker means this process, more mean spawned processes.
+
+    `function` must be importable by name. At most `2 * workers` inputs and outputs are held at a time. The processes
+    end when the iterator is exhausted or closed, and when this process dies. Raises CorpusError when one of them dies.
+    """
+    if workers == 1:
+        yield from map(function, inputs)
+        return
+    # A forked child of a process with threads (torch starts some) can deadlock; a spawned one starts clean.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pending: deque[Future[Output]] = deque()
+    try:
+        for item in inputs:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise CorpusError(
+            "a filter worker process died, out of memory or because the calling script starts its work without "
+            "`if __name__ == '__main__':`; add that line, or set workers = 1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides when the workers end.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,353 @@
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from redwhale.filtering import (
+    RULES,
+    CorpusError,
+    FilterConfig,
+    FilterSummary,
+    Threshold,
+    content_id,
+    filter_corpus,
+    normalize_text,
+    pipeline,
+    prepare,
+)
+
+SUBJECTS = ["고래는", "선장이", "바다를", "학생들은", "국회가", "법원에서", "도서관에", "할머니와", "기술을", "마을도"]
+OBJECTS = ["오래된 지도를", "새로운 법안을", "푸른 물결을", "긴 이야기를", "작은 배를", "여러 기록을", "따뜻한 빵을"]
+VERBS = ["바라보았다", "설명하고 있다", "다시 고쳤으며 만족했다", "찾아 나섰다", "기억하고 있었다", "조용히 읽었다"]
+MENU = "로그인 회원가입 장바구니 마이페이지 고객센터 공지사항 이벤트 회사소개 이용약관 배송조회 상품문의 베스트 신상품"
+ENGLISH = "This page is written in English and it has nothing to do with the corpus that we want to build here."
+
+
+def korean(rng: random.Random) -> str:
+    sentences = [
+        f"{rng.choice(SUBJECTS)} {rng.choice(OBJECTS)} {rng.choice(VERBS)}." for _ in range(rng.randint(6, 12))
+    ]
+    return " ".join(sentences) + f" 이것은 {rng.randrange(10**9)}번째 글이다."
+
+
+def mixed_corpus(folder, documents: int = 400, seed: int = 0) -> list[dict]:
+    """Writes good, bad and duplicate documents to three files and returns the records in input order."""
+    rng = random.Random(seed)
+    texts = []
+    for n in range(documents):
+        kind = rng.random()
+        if kind < 0.6 or not texts:
+            texts.append(korean(rng))
+        elif kind < 0.7:
+            texts.append(rng.choice(texts))
+        elif kind < 0.75:
+            texts.append(unicodedata.normalize("NFD", rng.choice(texts)) + "  \r\n")
+        elif kind < 0.8:
+            texts.append(f"{MENU} {n}")
+        elif kind < 0.85:
+            texts.append(f"{ENGLISH} {n}")
+        elif kind < 0.9:
+            texts.append(f"짧은 글 {n}")
+        elif kind < 0.95:
+            texts.append((korean(rng) + "\n") * 3)
+        else:
+            texts.append(f"<a href='/{n}'>★☆</a> " * 20)
+    records = [{"id": str(n), "text": text, "source": f"source{n % 3}"} for n, text in enumerate(texts)]
+    third = documents // 3
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (folder / "a.jsonl").write_text("\n".join(lines[:third]) + "\n{broken\n", encoding="utf-8")
+    (folder / "b.jsonl").write_text("\n".join(lines[third : 2 * third]), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(records[2 * third :]), folder / "c.parquet")
+    return records
+
+
+def outputs(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def rows(folder, split: str) -> list[dict]:
+    return [row for path in sorted(folder.glob(f"{split}-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def failing_rules(text: str, *, skip: frozenset[str] = frozenset()) -> list[str]:
+    document = prepare(normalize_text(text))
+    failing = []
+    for rule in RULES:
+        low = rule.minimum if rule.minimum is not None else float("-inf")
+        high = rule.maximum if rule.maximum is not None else float("inf")
+        if rule.name not in skip and not low <= rule.score(document) <= high:
+            failing.append(rule.name)
+    return failing
+
+
+def reference(records: list[dict], *, skip: frozenset[str] = frozenset()):
+    """Brute force: every document against all texts before it."""
+    kept, dropped, failing, unique = [], Counter(), Counter(), Counter()
+    earlier: list[str] = []
+    for record in records:
+        text = normalize_text(record["text"])
+        names = failing_rules(record["text"], skip=skip) + (["exact_duplicate"] if text in earlier else [])
+        earlier.append(text)
+        failing.update(names)
+        if names:
+            dropped[names[0]] += 1
+            unique[names[0]] += len(names) == 1
+        else:
+            kept.append(record)
+    return kept, dropped, failing, unique
+
+
+def test_kept_documents_and_rule_counts_equal_brute_force(tmp_path):
+    records = mixed_corpus(tmp_path / "in")
+    summary = filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")], validation_fraction=0.2), tmp_path / "out")
+    kept, dropped, failing, unique = reference(records)
+
+    train, validation = rows(tmp_path / "out", "train"), rows(tmp_path / "out", "validation")
+    assert sorted(int(row["id"]) for row in train + validation) == [int(record["id"]) for record in kept]
+    assert [int(row["id"]) for row in train] == sorted(int(row["id"]) for row in train)
+    by_id = {record["id"]: record for record in records}
+    for row in train + validation:
+        assert row["text"] == normalize_text(by_id[row["id"]]["text"])
+        assert row["source"] == by_id[row["id"]]["source"]
+        assert row["bytes"] == len(row["text"].encode())
+        document = prepare(row["text"])
+        for rule in RULES:
+            assert row[rule.name] == pytest.approx(rule.score(document), rel=1e-6)
+
+    assert len([name for name, count in dropped.items() if count]) >= 5
+    for rule in summary.rules:
+        assert rule.dropped_documents == dropped[rule.name], rule.name
+        assert rule.failing_documents == failing[rule.name], rule.name
+        assert rule.unique_documents == unique[rule.name], rule.name
+        assert 0 < len(rule.examples) <= 3 if dropped[rule.name] else not rule.examples
+    assert summary.rules[-1].name == "exact_duplicate"
+    assert summary.documents_out == len(kept)
+    assert summary.broken_records == 1
+    assert "a.jsonl:134: bad JSON" in summary.broken_examples[0]
+
+
+def test_counts_sum_to_in_minus_out(tmp_path):
+    records = mixed_corpus(tmp_path / "in")
+    summary = filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")], validation_fraction=0.2), tmp_path / "out")
+    read_bytes = sum(len(record["text"].encode()) for record in records)
+    train, validation = rows(tmp_path / "out", "train"), rows(tmp_path / "out", "validation")
+
+    assert (summary.documents_in, summary.bytes_in) == (len(records), read_bytes)
+    assert (summary.train_documents, summary.validation_documents) == (len(train), len(validation))
+    assert summary.train_bytes == sum(len(row["text"].encode()) for row in train)
+    assert summary.validation_bytes == sum(len(row["text"].encode()) for row in validation)
+    assert summary.documents_out == summary.train_documents + summary.validation_documents
+    assert summary.bytes_out == summary.train_bytes + summary.validation_bytes
+    dropped_documents = sum(rule.dropped_documents for rule in summary.rules)
+    dropped_bytes = sum(rule.dropped_bytes for rule in summary.rules)
+    assert dropped_documents == summary.documents_in - summary.documents_out > 0
+    assert dropped_bytes + summary.bytes_normalized == summary.bytes_in - summary.bytes_out
+    for field in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
+        assert sum(getattr(source, field) for source in summary.sources.values()) == getattr(summary, field)
+    assert set(summary.sources) == {"source0", "source1", "source2"}
+    saved = msgspec.json.decode((tmp_path / "out" / "summary.json").read_bytes(), type=FilterSummary)
+    assert saved == summary
+
+
+def test_files_are_byte_identical_for_one_and_three_workers(tmp_path, monkeypatch):
+    mixed_corpus(tmp_path / "in")
+    used = []
+    original = pipeline.ordered_map
+
+    def spy(function, inputs, workers):
+        used.append(workers)
+        return original(function, inputs, workers)
+
+    monkeypatch.setattr(pipeline, "ordered_map", spy)
+    monkeypatch.setattr(pipeline, "_WORKERS_PAY_FROM_BYTES", 0)
+    for workers, batch_bytes in ((1, 1 << 20), (3, 4096)):
+        monkeypatch.setattr(pipeline, "_BATCH_BYTES", batch_bytes)
+        config = FilterConfig(
+            inputs=[str(tmp_path / "in")], workers=workers, validation_fraction=0.2, documents_per_file=50
+        )
+        filter_corpus(config, tmp_path / f"out{workers}")
+    assert used == [1, 3]
+    assert outputs(tmp_path / "out1") == outputs(tmp_path / "out3")
+    assert {"summary.json", "train-00000.parquet", "train-00001.parquet", "validation-00000.parquet"} <= set(
+        outputs(tmp_path / "out1")
+    )
+    for path in (tmp_path / "out1").glob("*.parquet"):
+        metadata = pq.read_metadata(path)
+        assert metadata.num_rows <= 50
+        assert metadata.row_group(0).column(1).compression == "ZSTD"
+
+
+def test_small_inputs_start_no_workers(tmp_path, monkeypatch):
+    mixed_corpus(tmp_path / "in", documents=60)
+    monkeypatch.setattr("redwhale.filtering.workers.ProcessPoolExecutor", None)
+    filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")], workers=4), tmp_path / "out")
+
+
+def test_validation_is_chosen_by_content_and_not_by_order(tmp_path):
+    rng = random.Random(1)
+    texts = [text for text in (korean(rng) for _ in range(1500)) if not failing_rules(text)][:1000]
+    chosen = []
+    for name in ("forward", "backward"):
+        texts.reverse()
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8"
+        )
+        config = FilterConfig(inputs=[str(tmp_path / f"{name}.jsonl")], validation_fraction=0.1)
+        filter_corpus(config, tmp_path / name)
+        chosen.append({row["text"] for row in rows(tmp_path / name, "validation")})
+    assert chosen[0] == chosen[1] == {text for text in texts if content_id(text) / 2**64 < 0.1}
+    # Binomial(1000, 0.1): five standard deviations are 47.
+    assert 53 <= len(chosen[0]) <= 147
+
+
+def test_thresholds_change_and_disable_rules(tmp_path):
+    records = mixed_corpus(tmp_path / "in")
+    open_rules = frozenset({"length", "grammar_ratio"})
+    config = FilterConfig(
+        inputs=[str(tmp_path / "in")],
+        thresholds={"length": Threshold(minimum=float("-inf")), "grammar_ratio": Threshold(enabled=False)},
+    )
+    summary = filter_corpus(config, tmp_path / "out")
+    kept, dropped, _, _ = reference(records, skip=open_rules)
+    assert summary.documents_out == len(kept) > len(reference(records)[0])
+    by_name = {rule.name: rule for rule in summary.rules}
+    assert by_name["length"].dropped_documents == by_name["grammar_ratio"].failing_documents == 0
+    assert by_name["length"].threshold.maximum == RULES[0].maximum
+    assert {name: rule.dropped_documents for name, rule in by_name.items() if rule.dropped_documents} == dropped
+
+
+def test_korean_read_in_the_wrong_encoding_is_kept_as_korean(tmp_path):
+    text = korean(random.Random(2))
+    wrong = text.encode("cp949").decode("latin-1")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": wrong}), encoding="utf-8")
+    config = FilterConfig(inputs=[str(tmp_path / "a.jsonl")], validation_fraction=0)
+    summary = filter_corpus(config, tmp_path / "out")
+    assert summary.repaired_encodings == 1
+    assert [row["text"] for row in rows(tmp_path / "out", "train")] == [text]
+
+
+def test_progress_sums_to_the_size_of_the_inputs(tmp_path):
+    mixed_corpus(tmp_path / "in")
+    reported: list[int] = []
+    filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")]), tmp_path / "out", progress=reported.append)
+    assert sum(reported) == sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+
+
+def test_a_rerun_replaces_the_files_of_the_run_before(tmp_path):
+    mixed_corpus(tmp_path / "in")
+    out = tmp_path / "out"
+    filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")], documents_per_file=20), out)
+    (out / "mine.txt").write_text("not ours")
+    assert len(list(out.glob("train-*"))) > 1
+    filter_corpus(FilterConfig(inputs=[str(tmp_path / "in")]), out)
+    assert sorted(path.name for path in out.glob("train-*")) == ["train-00000.parquet"]
+    assert (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_no_process_no_temporary_file_and_no_summary(tmp_path, monkeypatch, workers):
+    mixed_corpus(tmp_path / "in")
+    monkeypatch.setattr(pipeline, "_WORKERS_PAY_FROM_BYTES", 0)
+    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 4096)
+    monkeypatch.setattr("redwhale.filtering.writer._ROW_GROUP_DOCUMENTS", 2)
+    calls = 0
+
+    def interrupt(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            assert list((tmp_path / "out").glob("*.tmp"))
+            raise KeyboardInterrupt
+
+    config = FilterConfig(inputs=[str(tmp_path / "in")], workers=workers)
+    with pytest.raises(KeyboardInterrupt):
+        filter_corpus(config, tmp_path / "out", progress=interrupt)
+    assert multiprocessing.active_children() == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_dead_worker_is_one_clear_sentence(tmp_path):
+    with pytest.raises(CorpusError, match=r"a filter worker process died.*set workers = 1"):
+        list(pipeline.ordered_map(os._exit, [3, 3], 2))
+
+
+def test_nothing_left_names_the_rule_that_dropped_most(tmp_path):
+    lines = [json.dumps({"text": f"{ENGLISH} {n}"}) for n in range(3)] + [json.dumps({"text": "짧다"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"no document is left of 4: rule 'korean_ratio' .* dropped most, 3"):
+        filter_corpus(FilterConfig(inputs=[str(tmp_path / "a.jsonl")]), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "a.jsonl").write_text("{oops\n")
+    with pytest.raises(CorpusError, match=r"no documents; the first of 1 broken records is .*a.jsonl:1: bad JSON"):
+        filter_corpus(FilterConfig(inputs=[str(tmp_path / "a.jsonl")]), tmp_path / "out")
+
+
+def test_a_missing_input_is_one_clear_sentence(tmp_path):
+    with pytest.raises(CorpusError, match=r"^input '.*nowhere.jsonl' does not exist: give a file") as caught:
+        filter_corpus(FilterConfig(inputs=[str(tmp_path / "nowhere.jsonl")]), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_inside_the_output_folder_are_refused_and_not_deleted(tmp_path):
+    pq.write_table(pa.table({"text": [korean(random.Random(3))]}), tmp_path / "train-00000.parquet")
+    with pytest.raises(CorpusError, match="lies in the output folder"):
+        filter_corpus(FilterConfig(inputs=[str(tmp_path)]), tmp_path)
+    assert (tmp_path / "train-00000.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": -1}, "workers must be 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be at least 0 and below 1, not 1.0"),
+        ({"documents_per_file": 0}, "documents_per_file must be at least 1"),
+        ({"examples_per_rule": -1}, "examples_per_rule must be at least 0"),
+        ({"thresholds": {"korean": {}}}, "unknown rule 'korean': the rules are length, korean_ratio"),
+        (
+            {"thresholds": {"symbol_ratio": {"minimum": 0.5}}},
+            "symbol_ratio lets nothing pass: minimum 0.5, maximum 0.1",
+        ),
+        ({"thresholds": {"length": {"minimum": float("nan")}}}, "length lets nothing pass: minimum nan"),
+        ({"thresholds": {"length": {"min": 3}}}, "unknown field `min`"),
+        ({"input": []}, "unknown field `input`"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        msgspec.convert({"inputs": ["x"], **settings}, FilterConfig)
+
+
+def test_the_package_imports_and_filters_rules_with_core_dependencies_only():
+    script = """
+import sys
+for name in ("torch", "pyarrow", "zstandard", "duckdb"):
+    sys.modules[name] = None
+import redwhale.filtering as filtering
+document = filtering.prepare(filtering.normalize_text("고래는 바다에 산다."))
+print(len([rule.score(document) for rule in filtering.RULES]))
+loaded = {name.partition(".")[0] for name in sys.modules}
+print(sorted(loaded & {"torch", "pyarrow", "zstandard", "tokenizers", "transformers"}, key=str))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    count, loaded = result.stdout.splitlines()
+    assert int(count) == len(RULES)
+    # Blocked names stay in sys.modules as None; nothing else may have come in.
+    assert loaded == "['pyarrow', 'torch', 'zstandard']"
+
+
+def test_writing_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": korean(random.Random(4))}), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(CorpusError, match=r'writing parquet needs pyarrow: pip install "redwhale\[filtering\]"'):
+        filter_corpus(FilterConfig(inputs=[str(tmp_path / "a.jsonl")]), tmp_path / "out")

@@ -1,0 +1,110 @@
+import sys
+
+import msgspec
+import pytest
+from redwhale.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    TokenizerError,
+    build_hybrid_tokenizer,
+    load_model_proto,
+    token_ratio,
+)
+from redwhale.tokenizer.hybrid import count_parity
+
+CONFIG = TokenizerConfig(vocab_size=700, max_added=300, character_coverage=1.0, threads=1)
+
+
+@pytest.fixture(scope="module")
+def built(korean_texts, base_path, english_lines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    domains = {"sentences": korean_texts[::7], "mixed": ["국회는 Act 3를 의결했다 <s>", "새 낱말"]}
+    summary = build_hybrid_tokenizer(
+        korean_texts, base_path, folder, CONFIG, domains=domains, english_sample=[*english_lines[:300], "우리 the"]
+    )
+    return folder, domains, summary
+
+
+def test_summary_counts_what_was_built(built, base_path, base, english_lines):
+    folder, _, summary = built
+    hybrid = load_model_proto(folder / "tokenizer.model")
+    assert summary.base_pieces == len(base.pieces)
+    assert summary.added == 300 == len(hybrid.pieces) - len(base.pieces)
+    assert summary.vocab_size == len(hybrid.pieces)
+    assert summary.overlap == 4  # 가 한 국 어 are in the base
+    assert summary.trained_hangul_pieces > 304
+    assert summary.dropped_unreachable == []
+    assert summary.sha256 == Tokenizer(folder / "tokenizer.model").sha256
+    assert summary.english_lines == 301
+    assert summary.english_lines_changed == 1  # the one with Korean in it
+    assert summary.parity_mismatches == 0
+    specials = sum(any(s in line for s in ("<s>", "</s>", "<unk>")) for line in english_lines[:300])
+    assert summary.parity_texts == 301 + len(built[1]["sentences"]) + 2 - 1 - specials
+    assert msgspec.json.decode(msgspec.json.encode(summary), type=type(summary)) == summary
+
+
+def test_ratio_is_measured_per_domain(built, base_path):
+    folder, domains, summary = built
+    base, hybrid = Tokenizer(base_path), Tokenizer(folder / "tokenizer.model")
+    assert [row.domain for row in summary.domains] == ["sentences", "mixed"]
+    for row, texts in zip(summary.domains, domains.values(), strict=True):
+        base_tokens = sum(len(base.encode(text)) for text in texts)
+        hybrid_tokens = sum(len(hybrid.encode(text)) for text in texts)
+        words = sum(len(text.split()) for text in texts)
+        assert (row.base_tokens, row.hybrid_tokens, row.documents) == (base_tokens, hybrid_tokens, len(texts))
+        assert row.characters == len("".join(texts))
+        assert row.bytes == len("".join(texts).encode())
+        assert row.ratio == pytest.approx(hybrid_tokens / base_tokens)
+        assert row.base_chars_per_token == pytest.approx(row.characters / base_tokens)
+        assert row.hybrid_chars_per_token == pytest.approx(row.characters / hybrid_tokens)
+        assert row.base_tokens_per_eojeol == pytest.approx(base_tokens / words)
+        assert row.hybrid_tokens_per_eojeol == pytest.approx(hybrid_tokens / words)
+    assert summary.domains[0].ratio < 0.3
+
+
+def test_building_twice_writes_the_same_files(built, korean_texts, base_path, tmp_path):
+    folder, domains, _ = built
+    build_hybrid_tokenizer(korean_texts, base_path, tmp_path, CONFIG, domains=domains)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_parity_is_null_without_tokenizers_and_counts_what_differs(built, tmp_path, base_path, monkeypatch):
+    folder, _, _ = built
+    hybrid = Tokenizer(folder / "tokenizer.model")
+    assert count_parity(Tokenizer(base_path), folder, ["the", "우리는", "a<s>"]) == (2, 1)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert count_parity(hybrid, folder, ["the"]) is None
+
+
+def test_corpus_without_new_hangul_is_refused(english_lines, base_path, tmp_path):
+    with pytest.raises(TokenizerError, match="the corpus yields no new Hangul piece; check that it is Korean"):
+        build_hybrid_tokenizer(english_lines[:2000], base_path, tmp_path / "out", CONFIG, domains={})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("texts", [[], ["", " \n"]])
+def test_domain_without_words_is_refused(tokenizer, texts):
+    with pytest.raises(TokenizerError, match="the domain 'news' holds no words; give it text or leave it out"):
+        token_ratio(tokenizer, tokenizer, {"news": texts})
+
+
+def test_domain_that_is_one_string_is_refused(tokenizer):
+    with pytest.raises(TokenizerError, match=r"the domain 'news' is one string.*pass \[text\]"):
+        token_ratio(tokenizer, tokenizer, {"news": "한국어"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0; it must be positive"),
+        ({"max_added": 0}, "max_added is 0; it must be positive"),
+        ({"max_training_bytes": -5}, "max_training_bytes is -5; it must be positive"),
+        ({"character_coverage": 1.5}, "character_coverage is 1.5; it must lie between 0.9 and 1"),
+        ({"threads": -1}, "threads is -1; give a number of threads, or 0 for every core"),
+    ],
+)
+def test_bad_setting_is_refused(setting, sentence):
+    with pytest.raises(TokenizerError, match=sentence):
+        TokenizerConfig(**setting)
+    with pytest.raises(msgspec.ValidationError, match=sentence):
+        msgspec.convert(setting, TokenizerConfig)
