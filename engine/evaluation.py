@@ -12,7 +12,7 @@ from ..model import Llama
 from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, ExampleSequences, SequenceSource, batched
 
-CPU_CHUNK_TOKENS = 512
+CPU_CHUNK_TOKENS = 128
 """Tokens whose logits exist at once on a CPU: larger blocks fall out of the caches."""
 
 

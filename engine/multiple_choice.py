@@ -10,6 +10,7 @@ import torch
 from ..model import Llama
 from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, Batch, TokenSequence
+from .evaluation import loss_chunk_tokens
 from .kobest import MultipleChoiceItem
 
 
@@ -43,8 +44,8 @@ def log_likelihoods(
     device = model.lm_head.weight.device
     for numbers in _by_length(requests, max_tokens):
         batch = Batch.collate([requests[number] for number in numbers], device)
-        scores = model.log_probabilities(batch.input_ids, batch.targets, batch.documents)
-        sums = [float(part.double().sum()) for part in scores.cpu().split(batch.documents.lengths)]
+        output = model.loss(batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(device))
+        sums = [-float(part.double().sum()) for part in output.token_losses.cpu().split(batch.documents.lengths)]
         for number, total in zip(numbers, sums, strict=True):
             totals[number] = total
     remaining = iter(totals)

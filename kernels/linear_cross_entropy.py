@@ -17,6 +17,8 @@ class LinearCrossEntropyOutput(NamedTuple):
 
     loss_sum: Tensor
     """Scalar fp32: sum over counted tokens of −ln p(target), in nats."""
+    token_losses: Tensor
+    """[N] fp32: −ln p(target) of each token, 0 where it does not count."""
     correct: Tensor
     """Scalar int64: counted tokens whose target has the highest logit."""
 
@@ -28,37 +30,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ):
         # needs_input_grad says what requires a gradient, even under no_grad where none will be asked for.
         needs_hidden, needs_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        token_losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # fp32, so that adding many chunks loses nothing when the weight itself is bf16.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
 
-        for start in range(0, hidden.shape[0], chunk_tokens):
+        # Every chunk works in the same three blocks: on a CPU, fresh ones would spend half the time in page faults.
+        rows = min(chunk_tokens, tokens)
+        logits_block = torch.empty(rows, vocabulary, dtype=hidden.dtype, device=hidden.device)
+        fp32_block = torch.empty(rows, vocabulary, dtype=torch.float32, device=hidden.device)
+        weight_block = torch.empty_like(weight) if needs_weight else None
+        for start in range(0, tokens, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
+            x = hidden[chunk]
             counted = targets[chunk] != ignore_index
             target = targets[chunk].masked_fill(~counted, 0)[:, None]
-            logits = (hidden[chunk] @ weight.T).float()
-            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses = (lse - logits.gather(1, target)).squeeze(1)
+            logits = torch.mm(x, weight.T, out=logits_block[: len(x)])
+            log_p = torch.log_softmax(logits, -1, dtype=torch.float32, out=fp32_block[: len(x)])
             # where, not a product: an ignored row may hold inf, and inf · 0 is NaN.
-            loss_sum += torch.where(counted, losses, 0.0).sum()
-            correct += ((logits.argmax(-1) == target.squeeze(1)) & counted).sum()
+            token_losses[chunk] = torch.where(counted, -log_p.gather(1, target).squeeze(1), 0.0)
+            correct += ((log_p.argmax(-1) == target.squeeze(1)) & counted).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad_logits = logits.sub_(lse).exp_()
+            grad_logits = log_p.exp_()
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits.masked_fill_(~counted[:, None], 0.0)
-            grad_logits = grad_logits.to(hidden.dtype)
+            grad_logits = logits.copy_(grad_logits)
+            # Tokens that do not count are zeroed in the [chunk, H] operands, which are V/H times smaller.
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk]).masked_fill_(~counted[:, None], 0.0)
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[chunk]
+                counted_x = x.masked_fill(~counted[:, None], 0.0)
+                grad_weight += torch.mm(grad_logits.T, counted_x, out=weight_block)
 
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
+        ctx.mark_non_differentiable(token_losses, correct)
+        return token_losses.sum(), token_losses, correct
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

@@ -11,7 +11,6 @@ queries), Jiang et al. 2023 (2310.06825, sliding window).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -167,8 +166,3 @@ class Llama(nn.Module):
         """
         hidden_NH = self.hidden_states(input_ids, documents)
         return linear_cross_entropy(hidden_NH, self.lm_head.weight, targets, chunk_tokens=chunk_tokens)
-
-    def log_probabilities(self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments) -> Tensor:
-        """ln p(target) of every token, [N] fp32; 0 where the target is −100. For scoring, without gradient."""
-        logits_NV = self(input_ids, documents).float()
-        return -F.cross_entropy(logits_NV, targets, reduction="none")

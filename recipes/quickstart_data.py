@@ -3,6 +3,7 @@
 Needs a package index and this repository, nothing else. It writes, in the output folder:
 
     tokenizer.model                   Mistral-7B's SentencePiece model, from mistral-common 1.13.1 (Apache-2.0)
+    base/korean.jsonl                 a little Korean for the stand-in base model: bills that are in no other file
     korean/bills.jsonl                about 5 MB of National Assembly bills, from korean-assembly-bills 0.1.0 by
                                       Kyusik Yang (CC BY 4.0; https://creativecommons.org/licenses/by/4.0/), sampled
     korean/crawl.jsonl.gz             a small crawl made from the hand-written texts beside this script, `kind` says how
@@ -11,7 +12,10 @@ Needs a package index and this repository, nothing else. It writes, in the outpu
     sft/train.jsonl heldout.jsonl     chat rows: start of a bill -> its name
     SOURCES.md manifest.json
 
-Bills in sft/ are not in korean/bills.jsonl, and no 39 characters in a row of a bill in sft/ or of english/heldout.jsonl
+An English model like SOLAR has read some Korean among its trillions of tokens, so it has an idea of the byte tokens that
+spell Korean; a stand-in that never saw any would know only that they do not occur.
+
+Bills in sft/ are in no training text of the models, and no 39 characters in a row of a bill in sft/ or of english/heldout.jsonl
 (whitespace aside) are in a training text. The same Python gives the same bytes, and a second run with everything in
 place does nothing. Downloads stay in `.cache` there and are checked against pinned SHA-256 sums. A failure is one
 sentence and exit code 2.
@@ -35,6 +39,7 @@ from quickstart.derive import crawl_rows, instruction_rows, sample_bills, topic_
 
 VERSION = 1
 MATERIAL = Path(__file__).resolve().parent / "quickstart"
+BASE_KOREAN_BYTES = 60_000
 BILLS_BYTES = 5_000_000
 SFT_TRAIN, SFT_HELDOUT = 600, 60
 
@@ -53,7 +58,7 @@ SOURCES = """# Where these files come from
 
 Written by `recipes/quickstart_data.py`.
 
-- `korean/bills.jsonl`, `sft/`: Kyusik Yang, *Korean National Assembly Bills Dataset (20th-22nd Assembly)*, 2026, from
+- `base/korean.jsonl`, `korean/bills.jsonl`, `sft/`: Kyusik Yang, *Korean National Assembly Bills Dataset (20th-22nd Assembly)*, 2026, from
   the package [korean-assembly-bills 0.1.0](https://github.com/kyusik-yang/korean-assembly-bills), licensed under
   [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: a sample was taken; for `sft/` the texts were
   shortened to their first sentences and paired with the bills' names.
@@ -147,10 +152,14 @@ def build(cache: Path) -> dict[str, tuple[int, bytes]]:
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         tokenizer = archive.read("mistral_common/data/tokenizer.model.v1")
     texts, names = read_bills(fetch(BILLS_ARCHIVE, cache))
+    base_korean = sample_bills(texts, BASE_KOREAN_BYTES)
+    for row in base_korean:
+        del texts[row["id"]]
     bills = sample_bills(texts, BILLS_BYTES)
     for row in bills:
         del texts[row["id"]]
-    chats = instruction_rows(texts, names, (row["text"] for row in bills), SFT_TRAIN + SFT_HELDOUT)
+    trained_on = (row["text"] for row in (*base_korean, *bills))
+    chats = instruction_rows(texts, names, trained_on, SFT_TRAIN + SFT_HELDOUT)
     written = material("crawl_good.jsonl")
     crawl = crawl_rows(
         [row["text"] for row in written if row["kind"] == "good"],
@@ -168,6 +177,7 @@ def build(cache: Path) -> dict[str, tuple[int, bytes]]:
         "SOURCES.md": (1, SOURCES.encode()),
     }
     for name, rows in (
+        ("base/korean.jsonl", base_korean),
         ("korean/bills.jsonl", bills),
         ("english/train.jsonl", english),
         ("english/heldout.jsonl", english_heldout),
