@@ -50,6 +50,8 @@ def run_recipe(
     units = [unit for name in names for unit in STEPS[name].units(context)]
     if not units:
         raise RecipeError(f"this recipe has no [{only}] section, so there is nothing to run")
+    for unit in units:  # hours of work should not end in a file that was never there
+        unit.check()
     with context.run.locked():
         return [_run_unit(context, unit, force, say) for unit in units]
 

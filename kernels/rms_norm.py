@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -17,6 +18,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (x_fp32 * rstd).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, weight, rstd = ctx.saved_tensors
         grad_output = grads[0].float()
@@ -28,7 +30,7 @@ class _RMSNorm(torch.autograd.Function):
             mean = (grad_normalised * normalised).mean(-1, keepdim=True)
             grad_x = (rstd * (grad_normalised - normalised * mean)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_output * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (grad_output * normalised).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
 
 

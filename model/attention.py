@@ -110,8 +110,13 @@ class KeyValueCache:
         """Store `k` and `v` ([L, kv_heads, D]) behind the cached tokens and attend from `q` ([L, heads, D]).
 
         `length` moves on only when the caller has passed all layers (`advance`).
+
+        Raises:
+            ValueError: if the tokens do not fit.
         """
         end = self.length + k.shape[0]
+        if end > self.capacity:  # a slice past the end would take a single token without storing it
+            raise ValueError(f"{end} tokens do not fit a cache of capacity {self.capacity}: make a larger one")
         self.keys[layer, self.length : end] = k
         self.values[layer, self.length : end] = v
         return _sdpa(q[None], self.keys[layer, None, :end], self.values[layer, None, :end], sliding_window)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import ModelConfig, read_config
 from .errors import CheckpointError
 from .llama import Llama
+from .lora import LoRALinear
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -27,15 +28,14 @@ class CheckpointReader:
     """Lazy access to the tensors of a checkpoint folder, whether one file or sharded.
 
     Raises:
-        CheckpointError: if the folder holds no safetensors, or a file is damaged.
+        CheckpointError: if the folder holds no safetensors, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         if (self.folder / INDEX_NAME).exists():
-            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
-            self.file_of: dict[str, str] = dict(index["weight_map"])
+            self.file_of = _read_index(self.folder / INDEX_NAME)
         elif (self.folder / SINGLE_NAME).exists():
             self.file_of = dict.fromkeys(self._keys(SINGLE_NAME), SINGLE_NAME)
         else:
@@ -47,7 +47,7 @@ class CheckpointReader:
             return safe_open(path, framework="pt")
         except FileNotFoundError:
             raise CheckpointError(f"{path} is named in {INDEX_NAME} but does not exist") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from None
 
     def _keys(self, file: str) -> list[str]:
@@ -62,7 +62,10 @@ class CheckpointReader:
         """One tensor, on the CPU, in the dtype it is stored in."""
         if name not in self.file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        with self._open(self.file_of[name]) as tensors:
+        file = self.file_of[name]
+        with self._open(file) as tensors:
+            if name not in tensors.keys():  # noqa: SIM118 (the handle has no `in`)
+                raise CheckpointError(f"{self.folder / file} lacks {name}, which {INDEX_NAME} says it holds")
             return tensors.get_tensor(name)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +85,8 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
         dtype: what they become; None keeps the stored one.
 
     Raises:
-        CheckpointError: naming every missing, unexpected or mis-shaped tensor at once.
+        CheckpointError: naming every missing, unexpected or mis-shaped tensor at once, and a head that differs
+            from the embedding it is said to be tied to.
     """
     reader = CheckpointReader(folder)
     with torch.device("meta"):
@@ -94,8 +98,11 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
     for name, tensor in reader:
         seen.add(name)
         if name not in expected:
-            # Old checkpoints store the rotary frequencies; tied ones may repeat the embedding as head.
-            if not (name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and reader.config.tie_word_embeddings)):
+            if name == LM_HEAD and reader.config.tie_word_embeddings:
+                # Some tied checkpoints repeat the embedding as head. Dropping one that differs would change the model.
+                if EMBEDDING in reader.file_of and not torch.equal(tensor, reader.tensor(EMBEDDING)):
+                    problems.append(f"{name} differs from the embedding, the configuration ties them")
+            elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store the rotary frequencies
                 problems.append(f"unexpected {name}")
         elif tuple(tensor.shape) != expected[name]:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, the configuration says {expected[name]}")
@@ -122,7 +129,7 @@ def write_checkpoint(
     """Write tensors as a Hugging Face checkpoint; `folder` appears complete or not at all.
 
     Args:
-        folder: target; an existing folder of this name is replaced.
+        folder: target; an existing folder of this name is replaced once the new one is complete.
         config: written as `config.json`, with the dtype of the first tensor.
         tensors: (name, tensor) pairs, taken one by one; memory stays near `max_shard_bytes`.
         max_shard_bytes: a new safetensors file begins before this size is passed.
@@ -132,6 +139,28 @@ def write_checkpoint(
     staging = folder.with_name(folder.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        _write_files(staging, config, tensors, max_shard_bytes, extra_files)
+    except BaseException:
+        # A partial copy of a large model must not keep the disk full.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # left over where an earlier write was killed
+        folder.rename(replaced)
+    staging.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_files(
+    staging: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int,
+    extra_files: Iterable[Path],
+) -> None:
     file_of: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     shard_bytes = total_bytes = shards = 0
@@ -168,18 +197,26 @@ def write_checkpoint(
     _write_json(staging / "config.json", config.to_hf(dtype or "float32"))
     for file in extra_files:
         shutil.copy2(file, staging / Path(file).name)
-    for file in staging.iterdir():
+    for file in (*staging.iterdir(), staging):
         _fsync(file)
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        folder.rename(replaced)
-    staging.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
-    """Write a model's weights in their present dtype; a tied head is stored once, as the embedding."""
+    """Write a model's weights in their present dtype; a tied head is stored once, as the embedding.
+
+    Raises:
+        CheckpointError: if the model has LoRA adapters, which the format has no place for.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise CheckpointError(f"{folder} cannot hold LoRA adapters: fold them in with merge_lora before saving")
     write_checkpoint(folder, model.config, model.named_parameters(), extra_files=extra_files)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); copy or download it again") from None
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -47,6 +47,8 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the contents of a `config.json`; raises CheckpointError for what is not supported."""
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"it holds a {type(raw).__name__}, not the settings of a model")
         model_type = raw.get("model_type", "?")
         if model_type not in _SUPPORTED:
             raise CheckpointError(f"model_type {model_type!r} is not supported; supported: {', '.join(_SUPPORTED)}")
@@ -74,7 +76,8 @@ class ModelConfig:
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-                sliding_window=raw.get("sliding_window") if model_type == "mistral" else None,
+                # A Mistral configuration that says nothing means 4,096, as in transformers; null means none.
+                sliding_window=raw.get("sliding_window", 4096) if model_type == "mistral" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 initializer_range=raw.get("initializer_range", 0.02),
                 bos_token_id=raw.get("bos_token_id"),
@@ -127,9 +130,9 @@ def read_config(checkpoint: Path) -> ModelConfig:
     path = Path(checkpoint) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{checkpoint} is not a checkpoint folder: it has no config.json") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     try:
         return ModelConfig.from_hf(raw)

@@ -75,21 +75,28 @@ def extend_checkpoint(
         extra_files: copied into `output`, such as tokenizer files.
 
     Raises:
-        CheckpointError: if a decomposition names an id outside the base vocabulary.
+        CheckpointError: if a decomposition names an id outside the base vocabulary, or a matrix of the base has
+            other rows than its configuration says.
     """
     reader = CheckpointReader(base)
     config = reader.config
-    highest = max((i for ids in decompositions for i in ids), default=0)
-    if highest >= config.vocab_size:
+    outside = [i for ids in decompositions for i in ids if not 0 <= i < config.vocab_size]
+    if outside:
         raise CheckpointError(
-            f"a new piece decomposes into token {highest}, but {base} has only {config.vocab_size} tokens: "
+            f"a new piece decomposes into token {outside[0]}, but {base} has only tokens 0 to {config.vocab_size - 1}: "
             "the tokenizer's base is not the checkpoint's tokenizer"
         )
     methods: dict[str, InitMethod] = {EMBEDDING: embedding, LM_HEAD: head}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in reader:
+            if name == LM_HEAD and config.tie_word_embeddings:
+                continue  # a stored copy of the embedding: extended another way, it would untie the two
             if name in methods:
+                if len(tensor) != config.vocab_size:
+                    raise CheckpointError(
+                        f"{name} of {base} has {len(tensor)} rows, its config.json says {config.vocab_size}"
+                    )
                 # A seed of its own for each matrix, so that file order does not matter.
                 generator = torch.Generator().manual_seed(seed * 2 + (name == LM_HEAD))
                 tensor = torch.cat((tensor, new_rows(tensor, decompositions, methods[name], generator)))

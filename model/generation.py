@@ -25,8 +25,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = torch.softmax(logits.float().cpu() / temperature, -1).sort(descending=True)
-    # The token that crosses the threshold still belongs to the nucleus.
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
+    # The token that crosses the threshold still belongs to the nucleus, and the first always does.
+    outside = probabilities.cumsum(0) - probabilities >= top_p
+    outside[0] = False
+    probabilities[outside] = 0.0
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -57,7 +59,7 @@ def generate(
     config = model.config
     if not prompt:
         raise CheckpointError("the prompt is empty")
-    if len(prompt) >= config.max_position_embeddings:
+    if len(prompt) > config.max_position_embeddings:
         raise CheckpointError(
             f"the prompt has {len(prompt)} tokens, the model's context only {config.max_position_embeddings}"
         )

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """Decoder plus LM head. Build it with `Llama(config)`, or load one with `load_model`.
 
-    Set `model.recompute_layers` to keep only each layer's input and recompute the rest in backward.
+    Set `model.model.recompute_layers = True` to keep only each layer's input and recompute the rest in backward.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -57,17 +57,24 @@ def add_lora(
         The names of the new parameters.
 
     Raises:
-        CheckpointError: if a target names no layer.
+        CheckpointError: if a target names no layer of the decoder, or one that has an adapter already.
     """
+    if r < 1:
+        raise CheckpointError(f"LoRA rank {r} is not positive")
     generator = torch.Generator().manual_seed(seed)
-    found = set()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in targets and isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, r, alpha, generator))
-                found.add(name)
-    if missing := sorted(set(targets) - found):
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        # Only the decoder's projections: the fused loss reads the LM head's weight and would pass an adapter by.
+        if name in targets and name in LINEAR_LAYERS and isinstance(child, nn.Linear)
+    ]
+    if missing := sorted(set(targets) - {name for _, name, _ in layers}):
         raise CheckpointError(f"LoRA target {missing[0]!r} names no linear layer; known: {', '.join(LINEAR_LAYERS)}")
+    if adapted := [name for _, name, child in layers if isinstance(child, LoRALinear)]:
+        raise CheckpointError(f"{adapted[0]} has a LoRA adapter already: merge_lora it before adding another")
+    for parent, name, child in layers:
+        setattr(parent, name, LoRALinear(child, r, alpha, generator))
     return [name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))]
 
 

@@ -12,12 +12,12 @@ Needs a package index and this repository, nothing else. It writes, in the outpu
     sft/train.jsonl heldout.jsonl     chat rows: start of a bill -> its name
     SOURCES.md manifest.json
 
-An English model like SOLAR has read some Korean among its trillions of tokens, so it has an idea of the byte tokens that
-spell Korean; a stand-in that never saw any would know only that they do not occur.
+An English model like SOLAR has read some Korean among its trillions of tokens, so it has an idea of the byte tokens
+that spell Korean; a stand-in that never saw any would know only that they do not occur.
 
-Bills in sft/ are in no training text of the models, and no 39 characters in a row of a bill in sft/ or of english/heldout.jsonl
-(whitespace aside) are in a training text. The same Python gives the same bytes, and a second run with everything in
-place does nothing. Downloads stay in `.cache` there and are checked against pinned SHA-256 sums. A failure is one
+Bills in sft/ are in no corpus, and no 39 characters in a row of a bill in sft/ or of english/heldout.jsonl (whitespace
+aside) are in a training text. The same Python gives the same bytes, and a second run with everything in place does
+nothing. Downloads stay in `.cache` there and are checked against pinned SHA-256 sums. A failure is one
 sentence and exit code 2.
 """
 
@@ -58,8 +58,8 @@ SOURCES = """# Where these files come from
 
 Written by `recipes/quickstart_data.py`.
 
-- `base/korean.jsonl`, `korean/bills.jsonl`, `sft/`: Kyusik Yang, *Korean National Assembly Bills Dataset (20th-22nd Assembly)*, 2026, from
-  the package [korean-assembly-bills 0.1.0](https://github.com/kyusik-yang/korean-assembly-bills), licensed under
+- `base/korean.jsonl`, `korean/bills.jsonl`, `sft/`: Kyusik Yang, *Korean National Assembly Bills Dataset (20th-22nd
+  Assembly)*, 2026, from the package [korean-assembly-bills 0.1.0](https://github.com/kyusik-yang/korean-assembly-bills), licensed under
   [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: a sample was taken; for `sft/` the texts were
   shortened to their first sentences and paired with the bills' names.
 - `korean/crawl.jsonl.gz`, `korean/legacy_cp949.txt`: written for this project. Names, numbers and addresses in them are

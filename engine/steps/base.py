@@ -30,8 +30,13 @@ def units(context: Context) -> list[Unit]:
         files = [*find_inputs(config.corpus), context.base_tokenizer]
         return {**context.file_hashes(files), **context.heldout_hashes()}
 
+    def check() -> None:
+        find_inputs(config.corpus)
+        context.check_base()
+        context.check_heldout()
+
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
-    return [Unit("base", "base", described, inputs, lambda folder: pretrain(context, folder))]
+    return [Unit("base", "base", described, inputs, lambda folder: pretrain(context, folder), check)]
 
 
 def pretrain(context: Context, folder: Path) -> StepResult:

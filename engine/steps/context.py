@@ -11,8 +11,8 @@ import msgspec
 import torch
 
 from ...filtering import find_inputs, read_documents
-from ...model import Llama, load_model
-from ...tokenizer import Tokenizer
+from ...model import Llama, load_model, read_config
+from ...tokenizer import Tokenizer, load_model_proto
 from ..device import resolve_device, resolve_precision
 from ..errors import RecipeError
 from ..progress import Progress
@@ -37,6 +37,8 @@ class Unit:
     """Hashes of what it reads."""
     run: Callable[[Path], StepResult]
     """Does the work in the given folder, going on from what an interrupted run left there."""
+    check: Callable[[], object] = lambda: None
+    """Raises for input from outside the run that cannot be used; called for all units before any of them works."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,18 @@ class Context:
 
     def final_hashes(self) -> dict[str, str]:
         return {"sft": self.outputs_digest("sft")} if self.recipe.sft is not None else self.trained_hashes()
+
+    def check_base(self) -> None:
+        """Raise for a base checkpoint or tokenizer that is not there."""
+        if self.recipe.base.checkpoint is not None:
+            read_config(self.base_model)
+        if self.recipe.base.checkpoint is not None or self.recipe.base.tokenizer is not None:
+            load_model_proto(self.base_tokenizer)
+
+    def check_heldout(self) -> None:
+        """Raise for held-out files that are not there."""
+        for paths in self.recipe.heldout.values():
+            find_inputs(paths)
 
     def heldout_hashes(self) -> dict[str, str]:
         return {

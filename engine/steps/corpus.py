@@ -21,7 +21,10 @@ def units(context: Context) -> list[Unit]:
     def inputs() -> dict[str, str]:
         return context.file_hashes(find_inputs(config.inputs))
 
-    return [Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder))]
+    def check() -> None:
+        find_inputs(config.inputs)
+
+    return [Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder), check)]
 
 
 def run_filter(context: Context, folder: Path) -> StepResult:

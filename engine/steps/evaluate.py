@@ -28,13 +28,17 @@ def units(context: Context) -> list[Unit]:
         if context.recipe.filter is not None:
             hashes["filter"] = context.outputs_digest("filter")
         if config.kobest is not None:
-            for task in KOBEST_TASKS:  # a missing or malformed file is said before any model is loaded
-                read_task(Path(config.kobest), task, config.kobest_split)
             hashes.update(context.file_hashes(sorted(Path(config.kobest).glob(f"*/{config.kobest_split}.tsv"))))
         return hashes
 
+    def check() -> None:
+        context.check_heldout()
+        if config.kobest is not None:
+            for task in KOBEST_TASKS:
+                read_task(Path(config.kobest), task, config.kobest_split)
+
     described = config_of(config, precision=context.precision)
-    return [Unit("eval", "eval", described, inputs, lambda folder: run_eval(context, folder))]
+    return [Unit("eval", "eval", described, inputs, lambda folder: run_eval(context, folder), check)]
 
 
 def _checkpoints(context: Context) -> Iterator[tuple[str, Path, Tokenizer]]:

@@ -23,7 +23,12 @@ def units(context: Context) -> list[Unit]:
         base = context.file_hashes([context.base_tokenizer])
         return {**base, **context.heldout_hashes(), "filter": context.outputs_digest("filter")}
 
-    return [Unit("tokenizer", "tokenizer", config_of(config), inputs, lambda folder: run_tokenizer(context, folder))]
+    def check() -> None:
+        context.check_base()
+        context.check_heldout()
+
+    described = config_of(config)
+    return [Unit("tokenizer", "tokenizer", described, inputs, lambda folder: run_tokenizer(context, folder), check)]
 
 
 def run_tokenizer(context: Context, folder: Path) -> StepResult:

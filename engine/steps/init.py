@@ -30,7 +30,7 @@ def units(context: Context) -> list[Unit]:
         return {**context.base_hashes(), **context.tokenizer_hashes(), **context.heldout_hashes(), **corpus}
 
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
-    return [Unit("init", "init", described, inputs, lambda folder: run_init(context, folder))]
+    return [Unit("init", "init", described, inputs, lambda folder: run_init(context, folder), context.check_base)]
 
 
 def run_init(context: Context, folder: Path) -> StepResult:

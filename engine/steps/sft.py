@@ -24,14 +24,16 @@ def units(context: Context) -> list[Unit]:
     config = context.recipe.sft
     if config is None:
         return []
+    files = [Path(path) for path in (*config.data, *config.heldout)]
 
     def inputs() -> dict[str, str]:
-        files = [Path(path) for path in (*config.data, *config.heldout)]
-        read_conversations(files)  # a missing or unusable file is said before any hashing
         return {**context.file_hashes(files), **context.trained_hashes(), **context.tokenizer_hashes()}
 
+    def check() -> None:
+        read_conversations(files)
+
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
-    return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder))]
+    return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder), check)]
 
 
 def run_sft(context: Context, folder: Path) -> StepResult:

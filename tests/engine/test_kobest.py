@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+
 from redwhale.engine.kobest import (
     KOBEST_TASKS,
     EvaluationDataError,

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+
 from redwhale.filtering import CorpusError, find_inputs, read_documents
 from redwhale.filtering.documents import read_batches
 

@@ -4,6 +4,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redwhale.filtering import content_id, normalize_text, repair_mojibake
 
 AWKWARD = (

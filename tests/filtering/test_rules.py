@@ -2,6 +2,7 @@ import time
 import unicodedata
 
 import pytest
+
 from redwhale.filtering import RULES, normalize_text, prepare
 
 RULE = {rule.name: rule for rule in RULES}

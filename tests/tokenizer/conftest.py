@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import sentencepiece
+
 from redwhale.tokenizer import Tokenizer, load_model_proto, merge_reachable, select_hangul_pieces, train_korean_bpe
 from redwhale.tokenizer.export import export_hf_tokenizer
 from redwhale.tokenizer.spm import ModelProto

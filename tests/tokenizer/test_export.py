@@ -7,6 +7,7 @@ import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redwhale.tokenizer import (
     Tokenizer,
     TokenizerError,

@@ -2,6 +2,7 @@ import sys
 
 import msgspec
 import pytest
+
 from redwhale.tokenizer import (
     Tokenizer,
     TokenizerConfig,

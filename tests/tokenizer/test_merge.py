@@ -5,6 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 import sentencepiece
+
 from redwhale.tokenizer import (
     Tokenizer,
     TokenizerError,

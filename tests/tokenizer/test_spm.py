@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redwhale.tokenizer import (
     StreamDecoder,
     Tokenizer,

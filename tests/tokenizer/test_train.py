@@ -5,6 +5,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redwhale.tokenizer import TokenizerError, hangul_pieces, sample_texts, train_korean_bpe
 from redwhale.tokenizer.train import MAX_SENTENCE_BYTES, _sentences
 
