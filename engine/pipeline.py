@@ -60,7 +60,7 @@ def _run_unit(context: Context, unit: Unit, force: bool, say: Callable[[str], No
     inputs = dict(unit.inputs())
     digest = digest_of({"version": _RESULT_VERSION, "unit": unit.name, "config": unit.config, "inputs": inputs})
     step = context.run.step(unit.name)
-    if step.is_current(digest) and not force:
+    if not force and step.is_current(digest):
         say(f"{unit.name}: up to date")
         return step.require()
     folder = step.begin(digest)

@@ -17,7 +17,7 @@ from ..filtering import FilterConfig
 from ..model.embedding_init import InitMethod
 from ..tokenizer import TokenizerConfig
 from .errors import RecipeError
-from .stages import LoRAConfig, Positive, Stage
+from .stages import LoRAConfig, Positive, Stage, check_selectors
 from .trainer import LoopConfig
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -91,6 +91,13 @@ class TrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"two stages share a name: {', '.join(names)}")
 
 
+class SFTLoRAConfig(LoRAConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Adapters of fine-tuning, with RedWhale's rank and alpha."""
+
+    r: Positive = 64
+    alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
+
+
 class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Supervised fine-tuning on instruction data; the defaults are RedWhale's."""
 
@@ -99,12 +106,15 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     heldout: tuple[str, ...] = ()
     """The same kind of files, for the loss before and after."""
     train: tuple[str, ...] = ("lora",)
-    lora: LoRAConfig = LoRAConfig(r=64, alpha=16.0)
+    lora: SFTLoRAConfig = SFTLoRAConfig()
     lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-4
     epochs: Positive = 1
     sequence_length: Positive = 1024
     batch_size: Positive = 128
     """Sequences in a global batch, each holding as many whole examples as fit."""
+
+    def __post_init__(self) -> None:
+        check_selectors(self.train)
 
 
 class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -53,11 +53,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self) -> None:
-        for selector in self.train:
-            if selector not in SELECTORS:
-                raise ValueError(f"stage {self.name!r} cannot train {selector!r}; known: {', '.join(SELECTORS)}")
-        if "lora" in self.train and ("layers" in self.train or "all" in self.train):
-            raise ValueError(f"stage {self.name!r} trains both 'lora' and the layers it adapts; choose one")
+        check_selectors(self.train)
 
     @property
     def uses_lora(self) -> bool:
@@ -86,6 +82,15 @@ SELECTORS = {
     "lora": _is_adapter,
 }
 """What a stage may name, and which parameters that is. Adapters belong to "lora" alone."""
+
+
+def check_selectors(train: Sequence[str]) -> None:
+    """Raise ValueError for an unknown selector, or for adapters trained together with what they adapt."""
+    for selector in train:
+        if selector not in SELECTORS:
+            raise ValueError(f"cannot train {selector!r}; known: {', '.join(SELECTORS)}")
+    if "lora" in train and any(selector.split(".")[0] in ("layers", "all") for selector in train):
+        raise ValueError("'lora' cannot be trained together with the layers it adapts; choose one")
 
 
 def select_parameters(model: Llama, train: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -167,18 +167,18 @@ class Trainer:
                     targets_seen = 0
                 if self.loop.validate_every and done % self.loop.validate_every == 0 and done < self.steps:
                     self._log(metrics, step=done, **_validation_fields(self._validate()))
-                stopping = stop.signal is not None and done < self.steps
-                if stopping or (done % self.loop.checkpoint_every == 0 and done < self.steps):
-                    seconds = time.monotonic() - began
-                    self._save(metrics, done, before, seconds, float(loss_sum), targets_seen)
-                    if stopping:
-                        assert stop.signal is not None
-                        raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {done}")
+                if stop.signal is not None or (done % self.loop.checkpoint_every == 0 and done < self.steps):
+                    self._save(metrics, done, before, time.monotonic() - began, float(loss_sum), targets_seen)
+                if stop.signal is not None:
+                    raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {done}")
 
             trained_parameters = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
             if self.stage.uses_lora:
                 merge_lora(self.model)
             after = self._validate() if self.validation is not None else None
+            if stop.signal is not None:  # trained but not yet written: a resumed run has no step left to do
+                self._save(metrics, self.steps, before, time.monotonic() - began, 0.0, 0)
+                raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {self.steps}")
             if after is not None:
                 self._log(metrics, step=self.steps, **_validation_fields(after))
         return StageResult(

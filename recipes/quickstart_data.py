@@ -59,8 +59,9 @@ SOURCES = """# Where these files come from
 Written by `recipes/quickstart_data.py`.
 
 - `base/korean.jsonl`, `korean/bills.jsonl`, `sft/`: Kyusik Yang, *Korean National Assembly Bills Dataset (20th-22nd
-  Assembly)*, 2026, from the package [korean-assembly-bills 0.1.0](https://github.com/kyusik-yang/korean-assembly-bills), licensed under
-  [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: a sample was taken; for `sft/` the texts were
+  Assembly)*, 2026, from the package
+  [korean-assembly-bills 0.1.0](https://github.com/kyusik-yang/korean-assembly-bills), licensed under
+  [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: samples were taken; for `sft/` the texts were
   shortened to their first sentences and paired with the bills' names.
 - `korean/crawl.jsonl.gz`, `korean/legacy_cp949.txt`: written for this project. Names, numbers and addresses in them are
   invented.

@@ -18,12 +18,12 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     # Size of the Korean BPE, its control pieces, bytes and non-Hangul pieces included.
     vocab_size: int = 24_000
-    # Most Hangul pieces to add to the base; none adds all of them.
-    max_added: int | None = 20_000
+    # Most Hangul pieces to add to the base; 0 adds all of them.
+    max_added: int = 20_000
     # Share of the corpus whose characters become pieces; byte fallback spells the rest.
     character_coverage: float = 0.9999
-    # Train on a uniform sample of at most this many UTF-8 bytes; none trains on the whole corpus, held in memory.
-    max_training_bytes: int | None = 1_000_000_000
+    # Train on a uniform sample of at most this many UTF-8 bytes; 0 trains on the whole corpus, held in memory.
+    max_training_bytes: int = 1_000_000_000
     # Threads for training and encoding; 0 means every core.
     threads: int = 0
     # Chooses the sample.
@@ -32,10 +32,11 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     keep_jamo: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_added", "max_training_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TokenizerError(f"{name} is {value}; it must be positive")
+        if self.vocab_size < 1:
+            raise TokenizerError(f"vocab_size is {self.vocab_size}; it must be positive")
+        for name in ("max_added", "max_training_bytes"):
+            if getattr(self, name) < 0:
+                raise TokenizerError(f"{name} is {getattr(self, name)}; give a positive number, or 0 for no limit")
         if not 0.9 <= self.character_coverage <= 1:
             raise TokenizerError(f"character_coverage is {self.character_coverage}; it must lie between 0.9 and 1")
         if self.threads < 0:
@@ -85,10 +86,12 @@ def build_hybrid_tokenizer(
         vocab_size=config.vocab_size,
         character_coverage=config.character_coverage,
         num_threads=threads,
-        max_bytes=config.max_training_bytes,
+        max_bytes=config.max_training_bytes or None,
         seed=config.seed,
     )
-    candidates = select_hangul_pieces(trained, base_proto, max_pieces=config.max_added, keep_jamo=config.keep_jamo)
+    candidates = select_hangul_pieces(
+        trained, base_proto, max_pieces=config.max_added or None, keep_jamo=config.keep_jamo
+    )
     if not candidates:
         raise TokenizerError("the corpus yields no new Hangul piece; check that it is Korean, or raise vocab_size")
     merged, dropped = merge_reachable(base_proto, candidates)

@@ -28,7 +28,10 @@ def units(context: Context) -> list[Unit]:
         return []
 
     def inputs() -> dict[str, str]:
-        return {**context.final_hashes(), **context.tokenizer_hashes()}
+        # The model card tells the evaluation's results.
+        evaluation = context.run.step("eval").manifest() if context.recipe.eval is not None else None
+        known = {"eval": evaluation["digest"]} if evaluation else {}
+        return {**context.final_hashes(), **context.tokenizer_hashes(), **known}
 
     return [Unit("export", "export", config_of(config), inputs, lambda folder: run_export(context, folder))]
 

@@ -60,7 +60,7 @@ def test_bf16_loss_and_gradients_are_within_the_rounding_of_the_logits(chunk_tok
     assert output.loss_sum.dtype == output.token_losses.dtype == torch.float32
     assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
     # A logit z is rounded by at most |z|/256/2; a loss is a difference of two numbers with such errors.
-    largest = float((x.double() @ weight.double().T).abs().max())
+    largest = float((x.detach().double() @ weight.detach().double().T).abs().max())
     assert float((output.token_losses.double() - losses).abs().max()) <= largest / 256
     # Rounded logits, rounded probabilities and rounded products: each about 2^-9.
     assert relative_error(x.grad, grad_x) < 3 * 2**-9

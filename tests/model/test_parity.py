@@ -57,8 +57,8 @@ def test_gradients_of_every_tensor_equal_those_of_transformers(variant, ids):
     model.loss(ids, targets, PackedDocuments.from_lengths([len(ids)]), chunk_tokens=17).loss_sum.backward()
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert actual.keys() == expected.keys()
-    for name in expected:
-        error = (actual[name] - expected[name]).norm() / expected[name].norm()
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / gradient.norm()
         assert float(error) <= 1e-3, name
 
 

@@ -302,6 +302,7 @@ def test_whole_preparation_from_cached_archives_is_deterministic_and_done_once(
     names = {bill_id: f"{bill_id} 법률안" for bill_id in BILLS}
     monkeypatch.setattr(data, "fetch", lambda archive, _cache: wheel.read_bytes())
     monkeypatch.setattr(data, "read_bills", lambda _archive: (dict(BILLS), names))
+    monkeypatch.setattr(data, "BASE_KOREAN_BYTES", 1)
     monkeypatch.setattr(data, "BILLS_BYTES", 1500)
     monkeypatch.setattr(data, "SFT_HELDOUT", 1)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -312,7 +313,13 @@ def test_whole_preparation_from_cached_archives_is_deterministic_and_done_once(
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
     manifest = json.loads((first / "manifest.json").read_text())
     assert sorted(manifest["files"]) == sorted(str(name) for name in files if name.name != "manifest.json")
-    assert len(printed) == len(manifest["files"]) == 9
+    assert len(printed) == len(manifest["files"]) == 10
+    ids = [
+        {json.loads(line)["id"] for line in (first / name).read_text().splitlines()}
+        for name in ("base/korean.jsonl", "korean/bills.jsonl")
+    ]
+    assert ids[0]
+    assert not ids[0] & ids[1]
     legacy = (first / "korean/legacy_cp949.txt").read_bytes()
     assert "마을 소식지" in legacy.decode("cp949")
     with pytest.raises(UnicodeDecodeError):

@@ -98,8 +98,8 @@ def test_domain_that_is_one_string_is_refused(tokenizer):
     ("setting", "sentence"),
     [
         ({"vocab_size": 0}, "vocab_size is 0; it must be positive"),
-        ({"max_added": 0}, "max_added is 0; it must be positive"),
-        ({"max_training_bytes": -5}, "max_training_bytes is -5; it must be positive"),
+        ({"max_added": -1}, "max_added is -1; give a positive number, or 0 for no limit"),
+        ({"max_training_bytes": -5}, "max_training_bytes is -5; give a positive number, or 0 for no limit"),
         ({"character_coverage": 1.5}, "character_coverage is 1.5; it must lie between 0.9 and 1"),
         ({"threads": -1}, "threads is -1; give a number of threads, or 0 for every core"),
     ],
