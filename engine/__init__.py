@@ -10,14 +10,55 @@ The parts work without a recipe:
     Trainer(load_model("checkpoint"), stage, PackedSequences(shards, 2048), sequence_length=2048, folder="out").run()
 """
 
-from .batches import IGNORE_INDEX, Batch, BatchLoader, ExampleSequences, PackedSequences, SequenceSource, TokenSequence
-from .evaluation import LossResult, evaluate_loss, evaluate_text
-from .packing import pack_texts
-from .pipeline import run_recipe
-from .recipe import Recipe, load_recipe
-from .shards import ShardManifest, TokenShards, write_shard
-from .stages import LoRAConfig, Stage, learning_rate, select_parameters
-from .trainer import LoopConfig, StageResult, Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batches import (
+        IGNORE_INDEX,
+        Batch,
+        BatchLoader,
+        ExampleSequences,
+        PackedSequences,
+        SequenceSource,
+        TokenSequence,
+    )
+    from .evaluation import LossResult, evaluate_loss, evaluate_text
+    from .packing import pack_texts
+    from .pipeline import run_recipe
+    from .recipe import Recipe, load_recipe
+    from .shards import ShardManifest, TokenShards, write_shard
+    from .stages import LoRAConfig, Stage, learning_rate, select_parameters
+    from .trainer import LoopConfig, StageResult, Trainer
+
+# Imported when first asked for: the command line's help and the filter's worker processes pass through this
+# package, and should not wait for torch.
+_MODULE_OF = {
+    "Batch": "batches",
+    "BatchLoader": "batches",
+    "ExampleSequences": "batches",
+    "IGNORE_INDEX": "batches",
+    "LoRAConfig": "stages",
+    "LoopConfig": "trainer",
+    "LossResult": "evaluation",
+    "PackedSequences": "batches",
+    "Recipe": "recipe",
+    "SequenceSource": "batches",
+    "ShardManifest": "shards",
+    "Stage": "stages",
+    "StageResult": "trainer",
+    "TokenSequence": "batches",
+    "TokenShards": "shards",
+    "Trainer": "trainer",
+    "evaluate_loss": "evaluation",
+    "evaluate_text": "evaluation",
+    "learning_rate": "stages",
+    "load_recipe": "recipe",
+    "pack_texts": "packing",
+    "run_recipe": "pipeline",
+    "select_parameters": "stages",
+    "write_shard": "shards",
+}
 
 __all__ = [
     "IGNORE_INDEX",
@@ -45,3 +86,9 @@ __all__ = [
     "select_parameters",
     "write_shard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import USER_ERRORS, Interrupted, explain_os_error
-
 _STEP_HELP = {
     "base": "pretrain a small base model, where the recipe names no checkpoint",
     "filter": "raw Korean text to a clean, deduplicated corpus",
@@ -27,6 +25,9 @@ _STEP_HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's to mend, 130 or 143 stopped by a signal."""
     options = _parser().parse_args(arguments)
+    # Everything heavy is imported behind the parser, so that --help and worker processes start at once.
+    from .errors import USER_ERRORS, Interrupted, explain_os_error
+
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)

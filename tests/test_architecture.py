@@ -123,3 +123,15 @@ def test_every_folder_with_sources_is_a_package(folder):
         for path in (ROOT / folder).rglob("*.py")
         if not (path.parent / "__init__.py").exists()
     ] == []
+
+
+def test_the_command_lines_help_does_not_wait_for_torch():
+    program = "import sys; import redwhale.engine.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_every_public_name_of_the_engine_exists():
+    import redwhale.engine
+
+    for name in redwhale.engine.__all__:
+        assert getattr(redwhale.engine, name) is not None
