@@ -25,6 +25,7 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid #e4eaf0; text-align: lef
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { max-width: 100%; height: auto } .muted { color: #66788a } q { color: #66788a }
 """
+_ORDER = ("base", "filter", "tokenizer", "init", "pack", "train", "sft", "eval", "export")
 _COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#b8860b", "#4a5a6a")
 
 
@@ -62,7 +63,13 @@ def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
     paths = [*run_dir.glob(f"*/{MANIFEST}"), *run_dir.glob(f"train/*/{MANIFEST}")]
     paths = [path for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
     manifests = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return sorted(manifests, key=lambda manifest: (manifest["finished"], manifest["step"]))
+    # Stages beyond the ninth come after it: their names begin with their number.
+    return sorted(
+        manifests,
+        key=lambda manifest: [
+            _ORDER.index(part) if part in _ORDER else int(part.partition("-")[0]) for part in manifest["step"].split("/")
+        ],
+    )
 
 
 def _versions(manifests: Sequence[dict[str, Any]]) -> str:
@@ -141,7 +148,7 @@ def _tokenizer(summary: dict[str, Any]) -> str:
     return (
         "<h2>Tokenizer</h2>"
         f"<p>{summary['base_pieces']:,} base pieces and {summary['added']:,} added ones; base "
-        f"{escape(Path(summary['base']).name)}; {summary['english_lines_changed']:,} of {summary['english_lines']:,} "
+        f"{escape(summary['base'])}; {summary['english_lines_changed']:,} of {summary['english_lines']:,} "
         "English lines encode differently.</p>"
         + _svg(figure)
         + _table(
