@@ -30,7 +30,7 @@ def log_likelihoods(
         max_tokens: most tokens in one forward pass (a longer text gets one of its own).
     """
     requests: list[TokenSequence] = []
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     for item in items:
         context_length = 1 + len(tokenizer.encode(item.context))
         for choice in item.choices:

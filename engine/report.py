@@ -63,13 +63,12 @@ def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
     paths = [*run_dir.glob(f"*/{MANIFEST}"), *run_dir.glob(f"train/*/{MANIFEST}")]
     paths = [path for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
     manifests = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    # Stages beyond the ninth come after it: their names begin with their number.
-    return sorted(
-        manifests,
-        key=lambda manifest: [
-            _ORDER.index(part) if part in _ORDER else int(part.partition("-")[0]) for part in manifest["step"].split("/")
-        ],
-    )
+
+    def place(manifest: dict[str, Any]) -> tuple[int, int]:
+        step, _, stage = manifest["step"].partition("/")
+        return _ORDER.index(step), int(stage.partition("-")[0] or 0)  # a stage's folder begins with its number
+
+    return sorted(manifests, key=place)
 
 
 def _versions(manifests: Sequence[dict[str, Any]]) -> str:

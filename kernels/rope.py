@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 
-def rope_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, always computed in fp32.
 
-    angle[n, i] = position[n] / theta^(2i / head_dim). In bf16, positions above 256 would collide.
+    angle[n, i] = position[n] · inverse_frequency[i]. In bf16, positions above 256 would collide.
 
     Args:
         position_ids: [N] integer positions inside their documents.
-        head_dim: D, even.
-        theta: base of the geometric progression of wavelengths.
+        inverse_frequencies: [D/2] or [N, D/2] fp32, radians per position; unscaled, theta^(−2i/D).
 
     Returns:
         (cos, sin), each [N, D/2] fp32.
     """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    inverse_frequencies = 1.0 / theta**exponents
     angles = position_ids.float()[:, None] * inverse_frequencies
     return angles.cos(), angles.sin()
 

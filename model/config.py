@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+import torch
+from torch import Tensor
 
-_SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+from .attention import PackedDocuments
+from .errors import CheckpointError
+from .rope_scaling import RoPEScaling, inverse_frequencies
+
+_SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,10 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling: RoPEScaling | None = None
+    """What stretches the context beyond that of pretraining."""
+    attention_bias: bool = False
+    """Llama: biases on all four attention projections. Qwen-2 always has them on q, k and v alone."""
     sliding_window: int | None = None
     """Tokens that a position may look back on, itself included; None for all (Mistral-7B-v0.1: 4,096)."""
     tie_word_embeddings: bool = False
@@ -44,6 +53,27 @@ class ModelConfig:
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim={self.head_dim} is odd, but rotary embedding turns pairs")
 
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence; "dynamic" scaling reaches beyond the positions of pretraining."""
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
+
+    def inverse_frequencies(self, extent: PackedDocuments | int, device: torch.device) -> Tensor:
+        """Rotary frequencies of packed documents, or of one sequence of `extent` tokens; see rope_scaling.py."""
+        return inverse_frequencies(
+            self.head_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings, extent, device
+        )
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the contents of a `config.json`; raises CheckpointError for what is not supported."""
@@ -52,15 +82,16 @@ class ModelConfig:
         model_type = raw.get("model_type", "?")
         if model_type not in _SUPPORTED:
             raise CheckpointError(f"model_type {model_type!r} is not supported; supported: {', '.join(_SUPPORTED)}")
-        if raw.get("attention_bias") or raw.get("mlp_bias"):
-            raise CheckpointError("checkpoints with attention or MLP biases are not supported")
+        if raw.get("mlp_bias"):
+            raise CheckpointError("checkpoints with MLP biases are not supported")
+        if model_type == "mistral" and raw.get("attention_bias"):
+            raise CheckpointError("a Mistral checkpoint has no attention biases, but attention_bias is true")
+        if model_type == "qwen2" and raw.get("use_sliding_window"):
+            raise CheckpointError("Qwen-2 with a sliding window on some layers is not supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported; the family uses 'silu'")
         # transformers 5 nests the rotary constants; version 4 has `rope_theta` and `rope_scaling` on top.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise CheckpointError(f"RoPE scaling of type {rope_type!r} is not supported")
         try:
             heads = raw["num_attention_heads"]
             eos = raw.get("eos_token_id")
@@ -76,6 +107,8 @@ class ModelConfig:
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+                rope_scaling=RoPEScaling.from_hf(rope),
+                attention_bias=bool(raw.get("attention_bias", False)),
                 # A Mistral configuration that says nothing means 4,096, as in transformers; null means none.
                 sliding_window=raw.get("sliding_window", 4096) if model_type == "mistral" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -93,6 +126,7 @@ class ModelConfig:
         Args:
             dtype: name of the weights' dtype, such as "bfloat16".
         """
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling is not None else {}
         raw = {
             "architectures": [_SUPPORTED[self.model_type]],
             "model_type": self.model_type,
@@ -107,10 +141,9 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default", **scaling},
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
-            "attention_bias": False,
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
@@ -118,10 +151,14 @@ class ModelConfig:
             "use_cache": True,
             "torch_dtype": dtype,
         }
+        if scaling:  # where version 4 of transformers, and tools written for it, look
+            raw["rope_scaling"] = scaling
         if self.model_type == "mistral":
             raw["sliding_window"] = self.sliding_window
+        elif self.model_type == "llama":
+            raw.update(attention_bias=self.attention_bias, mlp_bias=False)
         else:
-            raw["mlp_bias"] = False
+            raw["use_sliding_window"] = False
         return raw
 
 

@@ -59,12 +59,10 @@ def generate(
     config = model.config
     if not prompt:
         raise CheckpointError("the prompt is empty")
-    if len(prompt) > config.max_position_embeddings:
-        raise CheckpointError(
-            f"the prompt has {len(prompt)} tokens, the model's context only {config.max_position_embeddings}"
-        )
+    if len(prompt) > config.context_length:
+        raise CheckpointError(f"the prompt has {len(prompt)} tokens, the model's context only {config.context_length}")
     weight = model.lm_head.weight
-    capacity = min(len(prompt) + max_new_tokens, config.max_position_embeddings)
+    capacity = min(len(prompt) + max_new_tokens, config.context_length)
     cache = KeyValueCache(
         config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device
     )

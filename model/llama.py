@@ -40,10 +40,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.sliding_window = config.sliding_window
-        self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=config.output_bias)
 
     def forward(
         self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | None, cache: KeyValueCache | None
@@ -104,11 +104,12 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         if cache is not None:
-            position_ids = torch.arange(cache.length, cache.length + len(input_ids), device=input_ids.device)
+            end = cache.length + len(input_ids)
+            position_ids, extent = torch.arange(cache.length, end, device=input_ids.device), end
         else:
             assert documents is not None, "a forward pass needs either packed documents or a cache"
-            position_ids = documents.position_ids
-        cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+            position_ids, extent = documents.position_ids, documents
+        cos, sin = rope_cos_sin(position_ids, self.config.inverse_frequencies(extent, input_ids.device))
         x_NH = self.embed_tokens(input_ids)
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
@@ -135,11 +136,11 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every matrix from N(0, initializer_range²), every norm with ones; same generator, same weights."""
-        for parameter in self.parameters():  # shared tensors are visited once
+        """Matrices from N(0, initializer_range²), norms one, biases zero; same generator, same weights."""
+        for name, parameter in self.named_parameters():  # shared tensors are visited once
             with torch.no_grad():
                 if parameter.dim() == 1:
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 else:
                     parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 

@@ -19,6 +19,10 @@ def rotated(x, position_ids, theta):
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
+def frequencies(head_dim, theta):
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -38,7 +42,7 @@ def test_output_and_gradient_equal_complex_rotation_in_float64(tokens, heads, ha
     expected = rotated(exact, position_ids, theta)
     (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
     x.requires_grad_()
-    actual = apply_rope(x, *rope_cos_sin(position_ids, 2 * half, theta))
+    actual = apply_rope(x, *rope_cos_sin(position_ids, frequencies(2 * half, theta)))
     (actual_grad,) = torch.autograd.grad(actual, x, upstream)
     # An fp32 angle of up to 4,100 radians is wrong by up to 4,100 · 2^-23 = 5e-4, and entries are below 5.
     atol = 1e-5 + (first + tokens) * 2**-23 * 5
@@ -59,7 +63,7 @@ def test_output_equals_llamas_own_rotary_embedding(theta):
     position_ids = torch.arange(tokens)
     their_cos, their_sin = LlamaRotaryEmbedding(config)(q, position_ids[None])
     their_q, their_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], their_cos, their_sin)
-    cos, sin = rope_cos_sin(position_ids, head_dim, theta)
+    cos, sin = rope_cos_sin(position_ids, frequencies(head_dim, theta))
     torch.testing.assert_close(apply_rope(q, cos, sin), their_q[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(apply_rope(k, cos, sin), their_k[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
 
@@ -70,7 +74,7 @@ def test_dot_products_depend_on_the_distance_only(shift):
     q, k = random(tokens, 1, head_dim), random(tokens, 1, head_dim, seed=1)
     scores = []
     for first in (0, shift):
-        cos_sin = rope_cos_sin(torch.arange(first, first + tokens), head_dim, 10_000.0)
+        cos_sin = rope_cos_sin(torch.arange(first, first + tokens), frequencies(head_dim, 10_000.0))
         scores.append(torch.einsum("mhd,nhd->mn", apply_rope(q, *cos_sin), apply_rope(k, *cos_sin)))
     # fp32 angles near 4,096 are exact to 5e-4; bf16 ones would be wrong by 16 radians.
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=2e-2 if shift > 1000 else 1e-4)
@@ -81,7 +85,7 @@ def test_dot_products_depend_on_the_distance_only(shift):
 def test_angles_stay_fp32_for_bf16_activations():
     x = random(4, 2, 16).bfloat16()
     position_ids = torch.tensor([1000, 1001, 1002, 1003])  # one and the same number in bf16
-    cos, sin = rope_cos_sin(position_ids, 16, 10_000.0)
+    cos, sin = rope_cos_sin(position_ids, frequencies(16, 10_000.0))
     assert cos.dtype == sin.dtype == torch.float32
     output = apply_rope(x, cos, sin)
     assert output.dtype == torch.bfloat16
@@ -91,20 +95,20 @@ def test_angles_stay_fp32_for_bf16_activations():
 
 def test_rotation_keeps_lengths_and_position_zero():
     x = random(5, 2, 8)
-    output = apply_rope(x, *rope_cos_sin(torch.arange(5), 8, 10_000.0))
+    output = apply_rope(x, *rope_cos_sin(torch.arange(5), frequencies(8, 10_000.0)))
     assert torch.equal(output[0], x[0])
     torch.testing.assert_close(output.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
 
 
 def test_strided_heads_give_the_same():
     wide = random(6, 3, 32)
-    cos, sin = rope_cos_sin(torch.arange(6), 16, 10_000.0)
+    cos, sin = rope_cos_sin(torch.arange(6), frequencies(16, 10_000.0))
     assert torch.equal(apply_rope(wide[..., ::2], cos, sin), apply_rope(wide[..., ::2].contiguous(), cos, sin))
 
 
 def test_backward_keeps_the_angles_and_not_the_activations():
     x = random(6, 3, 16).requires_grad_()
-    cos, sin = rope_cos_sin(torch.arange(6), 16, 10_000.0)
+    cos, sin = rope_cos_sin(torch.arange(6), frequencies(16, 10_000.0))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         apply_rope(x, cos, sin)

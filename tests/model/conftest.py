@@ -4,15 +4,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-_CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
 
 VARIANTS = {
     "llama grouped queries": ("llama", {"num_key_value_heads": 2, "rope_theta": 500_000.0}),
     "llama tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "mistral sliding window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
     "mistral wide heads": ("mistral", {"num_key_value_heads": 1, "head_dim": 32, "rope_theta": 1e6}),
+    "llama biases": ("llama", {"attention_bias": True}),
+    "llama linear scaling": ("llama", {"rope": {"rope_type": "linear", "factor": 3.0}}),
+    "llama dynamic scaling": (
+        "llama",
+        {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
+    ),
+    "llama llama3 scaling": ("llama", {"rope": _LLAMA3}),
+    "qwen2": ("qwen2", {"rope_theta": 1e6}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "mistral tied window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7, "tie_word_embeddings": True}),
 }
 
@@ -21,9 +50,16 @@ def write_transformers_checkpoint(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **settings
 ) -> PreTrainedModel:
     config_class, model_class = _CLASSES[kind]
-    settings = {"num_key_value_heads": 2, "rope_theta": 10_000.0, "sliding_window": None, **settings}
-    settings["rope_parameters"] = {"rope_theta": settings.pop("rope_theta"), "rope_type": "default"}
-    if kind == "llama":
+    defaults = {
+        "num_key_value_heads": 2,
+        "rope_theta": 10_000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 160,
+    }
+    settings = {**defaults, **settings}
+    rope = {"rope_type": "default", **settings.pop("rope", {})}
+    settings["rope_parameters"] = {"rope_theta": settings.pop("rope_theta"), **rope}
+    if kind != "mistral":
         del settings["sliding_window"]
     config = config_class(
         vocab_size=300,
@@ -31,7 +67,6 @@ def write_transformers_checkpoint(
         intermediate_size=112,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=160,
         rms_norm_eps=1e-5,
         bos_token_id=1,
         eos_token_id=2,
