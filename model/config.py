@@ -159,6 +159,8 @@ class ModelConfig:
             raw.update(attention_bias=self.attention_bias, mlp_bias=False)
         else:
             raw["use_sliding_window"] = False
+            if self.head_dim * self.num_attention_heads == self.hidden_size:
+                del raw["head_dim"]  # Qwen-2 configurations have no such key
         return raw
 
 

@@ -35,10 +35,6 @@ VARIANTS = {
     "mistral wide heads": ("mistral", {"num_key_value_heads": 1, "head_dim": 32, "rope_theta": 1e6}),
     "llama biases": ("llama", {"attention_bias": True}),
     "llama linear scaling": ("llama", {"rope": {"rope_type": "linear", "factor": 3.0}}),
-    "llama dynamic scaling": (
-        "llama",
-        {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
-    ),
     "llama llama3 scaling": ("llama", {"rope": _LLAMA3}),
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -78,9 +74,9 @@ def write_transformers_checkpoint(
     model = model_class(config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             # Trained models have norms off one and logits of several units; the default of 0.02 would hide errors.
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 and not name.endswith(".bias"):
                 parameter.normal_(1.0, 0.3, generator=generator)
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)

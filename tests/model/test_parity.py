@@ -73,6 +73,30 @@ def test_loss_equals_that_of_transformers(variant, ids):
     assert output.token_losses.shape == (len(ids) - 1,)
 
 
+def test_dynamic_scaling_equals_transformers_beyond_the_context_of_pretraining(write_hf, tmp_path, ids):
+    """transformers keeps the scaling of the longest text it has seen, so every comparison takes a fresh model."""
+    settings = {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40}
+    model = None
+    for length in (30, 41, 60):
+        theirs = write_hf(tmp_path / str(length), **settings)
+        model = load_model(tmp_path / str(length))
+        with torch.no_grad():
+            expected = theirs(ids[None, :length]).logits[0]
+            assert float((logits_of(model, ids[:length]) - expected).abs().max()) <= 1e-4
+    theirs = write_hf(tmp_path / "greedy", **settings)
+    prompt = ids[:12].tolist()
+    assert list(generate(model, prompt, max_new_tokens=64)) == greedy_text(theirs, prompt, 64)
+
+
+def test_dynamic_scaling_looks_at_each_packed_document_alone(write_hf, tmp_path, ids):
+    write_hf(tmp_path, rope={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=20)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        packed = model(ids, PackedDocuments.from_lengths([15, 45]))
+        alone = torch.cat([logits_of(model, ids[:15]), logits_of(model, ids[15:])])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-5)
+
+
 def test_a_sliding_window_changes_the_logits_behind_it_only(write_hf, tmp_path, ids):
     write_hf(tmp_path, "mistral", sliding_window=16)
     windowed = load_model(tmp_path)
