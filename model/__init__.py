@@ -7,6 +7,7 @@ logits = model(input_ids, PackedDocuments.from_lengths([len(input_ids)]))
 """
 
 from .attention import KeyValueCache, PackedDocuments, packed_attention
+from .attention_backends import set_attention_backend
 from .checkpoint import CheckpointReader, load_model, save_model, write_checkpoint
 from .config import ModelConfig, read_config
 from .embedding_init import extend_checkpoint, new_rows
@@ -34,5 +35,6 @@ __all__ = [
     "read_config",
     "sample",
     "save_model",
+    "set_attention_backend",
     "write_checkpoint",
 ]

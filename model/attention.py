@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_backends import BACKENDS, resolve_backend
+
 
 @dataclass(frozen=True)
 class PackedDocuments:
@@ -24,6 +26,11 @@ class PackedDocuments:
     """[documents + 1] int32: cumulative lengths, starting at 0."""
     position_ids: Tensor
     """[N] int64: position of each token in its own document."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedDocuments:
@@ -64,7 +71,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments, sliding_window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: PackedDocuments,
+    sliding_window: int | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal softmax(q·kᵀ/√D)·v inside every document, never across documents.
 
@@ -72,10 +85,14 @@ def packed_attention(
         q: [N, heads, D]; k, v: [N, kv_heads, D], heads a multiple of kv_heads (grouped-query attention).
         documents: the layout of the N tokens.
         sliding_window: keys a query may see, itself included; None for all of its document.
+        backend: "sdpa", "flash-attn", "torch-varlen" or "reference"; None for that of `set_attention_backend`.
 
     Returns:
         [N, heads, D].
     """
+    name = resolve_backend(backend, q)
+    if name != "sdpa":
+        return BACKENDS[name](q, k, v, documents.cu_seqlens, documents.max_seqlen, sliding_window)
     lengths = documents.lengths
     if len(set(lengths)) == 1:  # one call serves all documents: full windows, batched evaluation
         shape = (len(lengths), lengths[0])

@@ -1,9 +1,20 @@
 """Packed documents cannot see each other, and the key/value cache computes what the full pass computes."""
 
+import functools
+import inspect
+
 import pytest
 import torch
 
-from redwhale.model import KeyValueCache, Llama, PackedDocuments, load_model, packed_attention
+from redwhale.model import (
+    CheckpointError,
+    KeyValueCache,
+    Llama,
+    PackedDocuments,
+    load_model,
+    packed_attention,
+    set_attention_backend,
+)
 
 
 def slow_attention(q, k, v, lengths, window):
@@ -127,3 +138,96 @@ def test_recomputed_layers_keep_only_their_inputs(base, ids):
     everything = saved_elements()
     model.model.recompute_layers = True
     assert saved_elements() < everything / 5
+
+
+LAYOUTS = {"one": [24], "equal": [8, 8, 8], "mixed": [1, 13, 3, 7], "single tokens": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+def test_sdpa_and_the_reference_equal_a_loop_over_queries_in_float64(lengths, window):
+    tokens, heads, kv_heads, size = sum(lengths), 4, 2, 6
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, n, size, dtype=torch.float64, generator=generator) for n in (heads, kv_heads, kv_heads)
+    )
+    expected = slow_attention(q, k, v, lengths, window)
+    documents = PackedDocuments.from_lengths(lengths)
+    for backend in ("sdpa", "reference"):
+        actual = packed_attention(q, k, v, documents, window, backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, msg=backend)
+
+
+def test_gradients_of_sdpa_equal_those_of_the_reference():
+    documents = PackedDocuments.from_lengths([9, 2, 5])
+    gradients = []
+    for backend in ("sdpa", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(16, n, 6, dtype=torch.float64, generator=generator) for n in (4, 2, 2)]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        output = packed_attention(*inputs, documents, 3, backend=backend)
+        gradients.append(torch.autograd.grad(output.square().sum(), inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_whole_model_agrees_across_the_backends_that_run_here(variant, ids):
+    model = load_model(variant[1])
+    documents = PackedDocuments.from_lengths([23, 37])
+    try:
+        outputs = []
+        for backend in ("sdpa", "reference"):
+            set_attention_backend(backend)
+            outputs.append(model(ids, documents))
+    finally:
+        set_attention_backend("auto")
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_gpu_backends_are_called_with_what_their_signatures_mean(monkeypatch, window):
+    """No GPU here: the real signature of torch's function is bound, and its arguments are computed by the reference."""
+    from torch.nn.attention import varlen
+
+    from redwhale.model import attention_backends
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs).arguments
+        assert bound["cu_seq_q"].dtype == torch.int32
+        assert (bound["max_q"], bound["max_k"]) == (9, 9)
+        left, right = bound["window_size"]
+        assert right == 0  # causal, by torch's documentation
+        assert bound["enable_gqa"]
+        reach = None if left == -1 else left + 1
+        return attention_backends.reference(
+            bound["query"], bound["key"], bound["value"], bound["cu_seq_q"], bound["max_q"], reach
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", functools.wraps(varlen.varlen_attn)(varlen_attn))
+    documents = PackedDocuments.from_lengths([9, 2, 5])
+    q, k, v = (torch.randn(16, n, 6, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
+    actual = packed_attention(q, k, v, documents, window, backend="torch-varlen")
+    expected = packed_attention(q, k, v, documents, window, backend="sdpa")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "torch-varlen"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_gpu_backends_equal_the_reference(backend, window):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if backend == "flash-attn":
+        pytest.importorskip("flash_attn")
+    lengths = [300, 1, 77, 512]
+    documents = PackedDocuments.from_lengths(lengths, "cuda")
+    q, k, v = (torch.randn(sum(lengths), n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+    actual = packed_attention(q, k, v, documents, window, backend=backend)
+    expected = packed_attention(q.float(), k.float(), v.float(), documents, window, backend="reference")
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=2e-2)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(CheckpointError, match="unknown attention backend 'magic'; known: auto, sdpa, flash-attn"):
+        set_attention_backend("magic")
