@@ -71,18 +71,22 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """All (name, tensor) pairs, one tensor in memory at a time."""
         for file in sorted(set(self.file_of.values())):
-            with self._open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict: the handle itself is not iterable)
+            # Each tensor opens its file anew: pages of a mapping stay in memory until the mapping goes.
+            for name in self._keys(file):
+                with self._open(file) as tensors:
                     yield name, tensors.get_tensor(name)
 
 
-def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
+def load_model(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, pad_vocab_to: int = 1
+) -> Llama:
     """Load a checkpoint straight to its device and dtype, holding one extra tensor at a time.
 
     Args:
         folder: Hugging Face checkpoint of the Llama/Mistral family.
         device: where the weights go.
         dtype: what they become; None keeps the stored one.
+        pad_vocab_to: see `Llama`; padding rows are zero.
 
     Raises:
         CheckpointError: naming every missing, unexpected or mis-shaped tensor at once, and a head that differs
@@ -90,8 +94,9 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
     """
     reader = CheckpointReader(folder)
     with torch.device("meta"):
-        model = Llama(reader.config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model = Llama(reader.config, pad_vocab_to=pad_vocab_to)
+        expected = {name: tuple(parameter.shape) for name, parameter in Llama(reader.config).named_parameters()}
+    rows = model.lm_head.out_features
     loaded: dict[str, Tensor] = {}
     seen = set()
     problems = []
@@ -108,7 +113,10 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
             problems.append(f"{name} has shape {tuple(tensor.shape)}, the configuration says {expected[name]}")
         else:
             # A copy even where nothing changes: the mapped file must be free to be replaced.
-            loaded[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+            if name in (EMBEDDING, LM_HEAD) and rows > len(tensor):
+                tensor = torch.cat((tensor, tensor.new_zeros(rows - len(tensor), tensor.shape[1])))
+            loaded[name] = tensor
     problems += [f"missing {name}" for name in expected if name not in seen]
     if problems:
         raise CheckpointError(f"{folder} does not fit its own config.json: {'; '.join(problems)}")
@@ -209,7 +217,12 @@ def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) 
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise CheckpointError(f"{folder} cannot hold LoRA adapters: fold them in with merge_lora before saving")
-    write_checkpoint(folder, model.config, model.named_parameters(), extra_files=extra_files)
+    vocab_size = model.config.vocab_size
+    tensors = (
+        (name, parameter[:vocab_size] if name in (EMBEDDING, LM_HEAD) else parameter)
+        for name, parameter in model.named_parameters()
+    )
+    write_checkpoint(folder, model.config, tensors, extra_files=extra_files)
 
 
 def _read_index(path: Path) -> dict[str, str]:

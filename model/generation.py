@@ -70,7 +70,7 @@ def generate(
     tokens = torch.tensor(prompt, dtype=torch.int64, device=weight.device)
     for _ in range(max_new_tokens):
         hidden = model.model(tokens, cache=cache)
-        token = sample(model.lm_head(hidden[-1]), temperature, top_p, generator)
+        token = sample(model.logits(hidden[-1]), temperature, top_p, generator)
         if token in stop_ids:
             return
         yield token

@@ -10,6 +10,8 @@ queries), Jiang et al. 2023 (2310.06825, sliding window).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -92,10 +94,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token embedding, the layers, and the final norm: everything but the LM head."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocabulary_rows: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_layers = False
@@ -124,14 +126,20 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """Decoder plus LM head. Build it with `Llama(config)`, or load one with `load_model`.
 
+    Args:
+        config: shape and constants.
+        pad_vocab_to: round the rows of embedding and LM head up to a multiple of this, for aligned matrix
+            products; the extra rows appear in no logits, no loss and no saved checkpoint.
+
     Set `model.model.recompute_layers = True` to keep only each layer's input and recompute the rest in backward.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, pad_vocab_to: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        rows = math.ceil(config.vocab_size / pad_vocab_to) * pad_vocab_to
+        self.model = Decoder(config, rows)
+        self.lm_head = nn.Linear(config.hidden_size, rows, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -152,7 +160,11 @@ class Llama(nn.Module):
         self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Logits [N, V] in the weights' dtype, of packed documents or of the tokens behind `cache`."""
-        return self.lm_head(self.model(input_ids, documents, cache))
+        return self.logits(self.model(input_ids, documents, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., H], without those of padding rows."""
+        return self.lm_head(hidden)[..., : self.config.vocab_size]
 
     def loss(
         self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments, *, chunk_tokens: int = 4096
@@ -166,4 +178,6 @@ class Llama(nn.Module):
             chunk_tokens: tokens whose logits exist at once.
         """
         hidden_NH = self.hidden_states(input_ids, documents)
-        return linear_cross_entropy(hidden_NH, self.lm_head.weight, targets, chunk_tokens=chunk_tokens)
+        return linear_cross_entropy(
+            hidden_NH, self.lm_head.weight, targets, vocab_size=self.config.vocab_size, chunk_tokens=chunk_tokens
+        )

@@ -268,3 +268,23 @@ def test_any_shape_equals_float64(tokens, hidden, vocabulary, chunk_tokens, igno
     torch.testing.assert_close(output.token_losses.double(), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad.double(), grad_x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 64])
+def test_bias_and_padding_rows_equal_float64(chunk_tokens):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(23, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    bias, targets = torch.randn(40, generator=generator), torch.randint(0, 33, (23,), generator=generator)
+    targets[[3, 9]] = -100
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    logits = (exact[0] @ exact[1].T + exact[2])[:, :33]
+    expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    expected_grads = torch.autograd.grad(3 * expected, exact)
+    actual = linear_cross_entropy(hidden, weight, targets, bias=bias, vocab_size=33, chunk_tokens=chunk_tokens)
+    actual_grads = torch.autograd.grad(3 * actual.loss_sum, inputs)
+    torch.testing.assert_close(actual.loss_sum.double(), expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert not actual_grads[1][33:].any()
+    assert not actual_grads[2][33:].any()
