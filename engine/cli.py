@@ -1,11 +1,13 @@
-"""The command line: `redwhale run`, one command a step, `generate` and `report`."""
+"""The command line: `redwhale run`, one command a step, `generate`, `new`, `upscale` and `report`."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,14 +76,41 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")
-    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="several are continued at once; - reads standard input"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, words so far become less likely"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--chat", action="store_true", help="put the prompt into the chat template of `sft`")
     generate.add_argument("--device", default="auto")
+    generate.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto, the default, is the stored one"
+    )
     generate.set_defaults(command=_generate)
+
+    new = commands.add_parser("new", parents=[common], help="a checkpoint with random weights")
+    new.add_argument("preset", nargs="?", metavar="PRESET", help="such as tiny-solar-10.7b; see --list")
+    new.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="to write; must not exist, or be empty")
+    new.add_argument("--list", action="store_true", help="show the presets with their sizes")
+    new.add_argument("--vocab-size", type=int, metavar="N", help="instead of the preset's")
+    new.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights on every machine")
+    new.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    new.set_defaults(command=_new)
+
+    upscale = commands.add_parser("upscale", parents=[common], help="a deeper checkpoint out of one's layers (SOLAR)")
+    upscale.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face folder to copy layers from")
+    upscale.add_argument("folder", type=Path, metavar="FOLDER", help="to write; must not exist, or be empty")
+    upscale.add_argument("--first", type=int, metavar="N", help="layers from the bottom; three quarters by default")
+    upscale.add_argument("--last", type=int, metavar="N", help="layers from the top; three quarters by default")
+    upscale.set_defaults(command=_upscale)
 
     report = commands.add_parser("report", parents=[common], help="one HTML page with a run's plots and tables")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/quickstart")
@@ -107,35 +136,90 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ..model import generate, load_model
-    from ..tokenizer import StreamDecoder, Tokenizer
-    from .device import resolve_device
+    from ..model import check_settings, load_model, read_config
+    from ..tokenizer import Tokenizer
+    from .device import resolve_device, resolve_precision
     from .errors import RecipeError
     from .sft import Message, segments
+    from .text_generation import check_stops, check_vocabulary, generate_text, generate_texts, prompt_ids
 
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise RecipeError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
-    tokenizer = Tokenizer(options.checkpoint / "tokenizer.model")
-    model = load_model(options.checkpoint, device=resolve_device(options.device))
-    prompt = options.prompt
+    settings = {
+        name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    }
+    # Everything that can be wrong is looked at before the weights, which take long to read.
+    check_settings(**settings)
+    stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as the prompts are, whatever was typed
+    check_stops(stops)
+    prompts = _prompts(options.prompts)
     if options.chat:
-        prompt, _ = next(segments([Message("user", prompt), Message("assistant", "")]))
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    tokens = generate(
-        model,
-        prompt_ids,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        stop_ids={tokenizer.eos_id},
-        seed=options.seed,
+        conversations = ([Message("user", prompt), Message("assistant", "")] for prompt in prompts)
+        prompts = [next(segments(conversation))[0] for conversation in conversations]
+    config = read_config(options.checkpoint)
+    if not (options.checkpoint / "tokenizer.model").exists():
+        raise RecipeError(f"{options.checkpoint} has no tokenizer.model: put the one of its model beside the weights")
+    tokenizer = Tokenizer(options.checkpoint / "tokenizer.model")
+    check_vocabulary(tokenizer, config.vocab_size)
+    device = resolve_device(options.device)
+    dtype = None if options.precision == "auto" else resolve_precision(options.precision, device)
+    model = load_model(options.checkpoint, device=device, dtype=dtype)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal of another encoding than UTF-8 cannot show every character a model writes.
+        sys.stdout.reconfigure(errors="replace")
+    # The answer of a chat is printed alone; a continuation behind its prompt, as the tokenizer spells it.
+    shown = ["" if options.chat else tokenizer.decode(prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    more = {"stop": stops, "answer": options.chat, "seed": options.seed, **settings}
+    if len(prompts) == 1:
+        pieces = generate_text(model, tokenizer, prompts[0], **more)
+        print(shown[0], end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts = generate_texts(model, tokenizer, prompts, **more)
+    print("\n---\n".join(prompt + text for prompt, text in zip(shown, texts, strict=True)))
+
+
+def _prompts(arguments: Sequence[str]) -> list[str]:
+    """The prompts of a command line, the one called "-" from standard input without its last line end."""
+    from .errors import RecipeError
+
+    if arguments.count("-") > 1:
+        raise RecipeError("- stands for standard input, which can be read once; give it as one prompt only")
+    if "-" not in arguments:
+        return list(arguments)
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    return [text if argument == "-" else argument for argument in arguments]
+
+
+def _new(options: argparse.Namespace) -> None:
+    from .errors import RecipeError
+    from .model_commands import list_presets, new_model
+
+    if options.list:
+        print(list_presets())
+        return
+    if options.folder is None:
+        raise RecipeError("`redwhale new` needs a preset and a folder; `redwhale new --list` shows the presets")
+    print(
+        new_model(
+            options.preset,
+            options.folder,
+            vocab_size=options.vocab_size,
+            seed=options.seed,
+            precision=options.dtype,
+        )
     )
-    decoder = StreamDecoder(tokenizer)
-    if not options.chat:  # the answer of a chat begins a text of its own; a continuation keeps its first space
-        print("".join(map(decoder.feed, prompt_ids)), end="")
-    for token in tokens:
-        print(decoder.feed(token), end="", flush=True)
-    print(decoder.flush())
+
+
+def _upscale(options: argparse.Namespace) -> None:
+    from .model_commands import upscale
+
+    print(upscale(options.checkpoint, options.folder, first=options.first, last=options.last))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -19,6 +19,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"device {name!r} is not known; use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise RecipeError(f'device {name!r} is not on this machine; use device = "auto" or "cpu"')
     return device
@@ -30,6 +32,6 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported()
         else:
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         name = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 
+from safetensors import SafetensorError
+
 from ..filtering.errors import CorpusError
-from ..model.errors import CheckpointError
+from ..model.errors import CheckpointError, GenerationError
 from ..tokenizer.errors import TokenizerError
 from .kobest import EvaluationDataError
 
@@ -35,11 +37,13 @@ USER_ERRORS = (
     CorpusError,
     DataError,
     EvaluationDataError,
+    GenerationError,
     RecipeError,
     RunError,
     ShardError,
     TokenizerError,
     TrainingError,
+    SafetensorError,
 )
 """Everything that is reported as one sentence instead of a traceback."""
 

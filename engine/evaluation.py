@@ -88,8 +88,9 @@ def evaluate_text(
         model: whose vocabulary is the tokenizer's.
         tokenizer: encodes the texts.
         texts: documents.
-        window: most tokens of context.
+        window: most tokens of context; the model's own limit where that is lower.
         batch_size: windows in a forward pass.
     """
+    window = min(window, model.config.context_length)
     text_bytes = sum(len(text.encode("utf-8")) for text in texts)
     return evaluate_loss(model, text_windows(tokenizer, texts, window), batch_size=batch_size, text_bytes=text_bytes)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import RecipeError
 from .recipe import Recipe
@@ -24,7 +28,7 @@ STEPS = {
 }
 """Steps in the order they run, and the module of each."""
 
-_RESULT_VERSION = 1
+_RESULT_VERSION = 2
 """Part of every digest: raise it when a change of the code changes what steps write."""
 
 
@@ -49,7 +53,8 @@ def run_recipe(
     names = list(STEPS) if only is None else [only]
     units = [unit for name in names for unit in STEPS[name].units(context)]
     if not units:
-        raise RecipeError(f"this recipe has no [{only}] section, so there is nothing to run")
+        missing = {None: "sections of steps", "base": "[base.pretrain] section"}.get(only, f"[{only}] section")
+        raise RecipeError(f"this recipe has no {missing}, so there is nothing to run")
     for unit in units:  # hours of work should not end in a file that was never there
         unit.check()
     with context.run.locked():
@@ -65,18 +70,16 @@ def _run_unit(context: Context, unit: Unit, force: bool, say: Callable[[str], No
         return step.require()
     folder = step.begin(digest)
     watch = Stopwatch()
-    result = unit.run(folder)
+    try:
+        result = unit.run(folder)
+    except SafetensorError as error:
+        # The library hides which of the system's errors it was in the text.
+        if (code := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
     step.finish(digest, unit.config, inputs, result, watch.seconds)
     say(f"{unit.name}: {result.went_in} -> {result.came_out} ({watch.seconds:.1f} s)")
     return step.require()
-
-
-def manifests(recipe: Recipe) -> list[dict[str, Any]]:
-    """Manifests of all finished units of a recipe, in order."""
-    context = Context.create(recipe)
-    units = [unit for name in STEPS for unit in STEPS[name].units(context)]
-    found = [context.run.step(unit.name).manifest() for unit in units]
-    return [manifest for manifest in found if manifest is not None]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -44,6 +44,17 @@ class PretrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_field
     """Token budget."""
     lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-3
 
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} must be a multiple of twice num_attention_heads = {heads}"
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} must divide num_attention_heads = {heads}"
+            )
+
 
 class BaseConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The model to adapt: a checkpoint folder, or one to pretrain."""
@@ -109,9 +120,10 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     lora: SFTLoRAConfig = SFTLoRAConfig()
     lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-4
     epochs: Positive = 1
+    """Times the data is seen, in even batches: less than one sequence a step is seen once more."""
     sequence_length: Positive = 1024
     batch_size: Positive = 128
-    """Sequences in a global batch, each holding as many whole examples as fit."""
+    """Most sequences in a global batch, each holding as many whole examples as fit."""
 
     def __post_init__(self) -> None:
         check_selectors(self.train)
@@ -148,7 +160,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Names the run folder."""
     runs: str = "runs"
     """Folder of all run folders."""
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] = 0
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"."""
     precision: Precision = "auto"

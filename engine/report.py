@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .errors import RunError
-from .run_folder import MANIFEST
+from .run_folder import MANIFEST, read_manifest
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733 }
@@ -61,8 +61,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
     paths = [*run_dir.glob(f"*/{MANIFEST}"), *run_dir.glob(f"train/*/{MANIFEST}")]
-    paths = [path for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
-    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    folders = [path.parent for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
+    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
 
     def place(manifest: dict[str, Any]) -> tuple[int, int]:
         step, _, stage = manifest["step"].partition("/")

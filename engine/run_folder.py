@@ -1,7 +1,8 @@
 """Run folders: `runs/NAME/STEP/` with a manifest written last, so that finished work is known and never redone.
 
 A step works in `STEP.partial/`. When it is done its manifest is written there and the folder is renamed
-to `STEP/`. A folder that must make room is kept as `STEP.previous/`.
+to `STEP/`. A folder that must make room is kept as `STEP.previous/`. A run that is killed between the manifest
+and the rename loses nothing: the next one finds the manifest and renames.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from .errors import RunError
 
 MANIFEST = "manifest.json"
 _STARTED = "started.json"
+_MANIFEST_KEYS = {
+    *("step", "digest", "finished", "seconds", "config", "inputs", "outputs", "outputs_digest"),
+    *("went_in", "came_out", "before", "after", "summary", "versions"),
+}
 _PACKAGES = ("redwhale", "torch", "numpy", "safetensors", "sentencepiece", "pyarrow", "msgspec")
 
 
@@ -39,6 +44,8 @@ class StepResult:
     went_in: str
     """One short phrase for the run's table."""
     came_out: str
+    scratch: Sequence[str] = ()
+    """Folders, relative to the step's, that resuming needs: deleted once the manifest is written."""
     before: float | None = None
     """Loss before the step, where it has one."""
     after: float | None = None
@@ -86,8 +93,8 @@ class RunFolder:
         path = self.path / ".hashes.json"
         if not self._hashes and path.exists():
             # A damaged cache only costs time.
-            with contextlib.suppress(json.JSONDecodeError):
-                self._hashes = json.loads(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(ValueError, TypeError):
+                self._hashes = dict(json.loads(path.read_text(encoding="utf-8")))
         return self._hashes
 
 
@@ -105,15 +112,8 @@ class StepFolder:
         return self.path.with_name(self.path.name + ".partial")
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of the finished step, or None."""
-        try:
-            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except json.JSONDecodeError as error:
-            raise RunError(
-                f"{self.path / MANIFEST} is damaged ({error}); delete {self.path} to redo the step"
-            ) from None
+        """The manifest of the finished step, or None; raises RunError if it is damaged."""
+        return read_manifest(self.path)
 
     def require(self) -> dict[str, Any]:
         """The manifest; raises RunError if the step has not been done."""
@@ -128,6 +128,7 @@ class StepFolder:
         Raises:
             RunError: if an output has been changed or deleted behind the manifest's back.
         """
+        self._complete(digest)
         manifest = self.manifest()
         if manifest is None or manifest["digest"] != digest:
             return False
@@ -145,11 +146,8 @@ class StepFolder:
     def begin(self, digest: str) -> Path:
         """The partial folder to work in: what an interrupted run with the same digest left, or a new one."""
         started = self.partial / _STARTED
-        try:
-            same = json.loads(started.read_text(encoding="utf-8"))["digest"] == digest
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            same = False
-        if not same:
+        # A partial folder with a manifest is finished work: it is being redone on purpose, or for another digest.
+        if read_manifest(self.partial) is not None or not _has_digest(started, digest):
             if self.partial.exists():
                 _set_aside(self.partial)
             self.partial.mkdir(parents=True)
@@ -176,13 +174,45 @@ class StepFolder:
             "before": result.before,
             "after": result.after,
             "summary": result.summary,
+            "scratch": list(result.scratch),
             "versions": _versions(),
         }
         write_json(self.partial / MANIFEST, manifest)
-        (self.partial / _STARTED).unlink()
+        self._complete(digest)
+
+    def _complete(self, digest: str) -> None:
+        """Give a partial folder that has its manifest its name; every line may be the last before a crash."""
+        finished = read_manifest(self.partial)
+        if finished is None or finished["digest"] != digest:
+            return
+        for name in finished.get("scratch", ()):
+            shutil.rmtree(self.partial / name, ignore_errors=True)
+        (self.partial / _STARTED).unlink(missing_ok=True)
         if self.path.exists():
             _set_aside(self.path)
         self.partial.rename(self.path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a step's folder, or None where there is none; raises RunError if it is damaged."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(_MANIFEST_KEYS - manifest.keys())
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete {folder} to redo the step") from None
+    if missing:
+        raise RunError(f"{path} is damaged (it lacks {', '.join(missing)}); delete {folder} to redo the step")
+    return manifest
+
+
+def _has_digest(started: Path, digest: str) -> bool:
+    try:
+        return json.loads(started.read_text(encoding="utf-8")) == {"digest": digest}
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _set_aside(path: Path) -> None:

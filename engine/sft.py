@@ -76,7 +76,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tu
     return ids, [*targets, IGNORE_INDEX]
 
 
-def read_conversations(paths: Sequence[Path]) -> tuple[list[list[Message]], list[str]]:
+def read_conversations(paths: Sequence[str | Path]) -> tuple[list[list[Message]], list[str]]:
     """All usable conversations of jsonl files.
 
     Returns:
@@ -88,7 +88,8 @@ def read_conversations(paths: Sequence[Path]) -> tuple[list[list[Message]], list
     conversations, problems = [], []
     for path in paths:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except FileNotFoundError:
             raise DataError(f"instruction file {path} does not exist") from None
         except UnicodeDecodeError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from torch import nn
 
-from ..model import LINEAR_LAYERS, Llama
+from ..model import ADAPTABLE_LAYERS, LINEAR_LAYERS, Llama
 from .errors import RecipeError
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -24,8 +25,23 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Rank. 128 on all seven projections is 4.4-4.6% of SOLAR-10.7B, the share RedWhale reports."""
     alpha: Annotated[float, msgspec.Meta(gt=0)] = 128.0
     """The update is scaled by alpha / r."""
-    targets: tuple[str, ...] = LINEAR_LAYERS
-    """Last names of the linear layers to adapt."""
+    rslora: bool = False
+    """Scale by alpha / √r instead (arXiv 2312.03732)."""
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """Share of the adapters' inputs that a training step sets to zero."""
+    targets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | str = LINEAR_LAYERS
+    """Last or whole names of the linear layers to adapt, or one regular expression of whole names, or "all-linear"."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(f"targets {self.targets!r} is not a regular expression: {error}") from None
+            return
+        for target in self.targets:
+            if target.rpartition(".")[2] not in ADAPTABLE_LAYERS:
+                raise ValueError(f"cannot adapt {target!r}; known: {', '.join(ADAPTABLE_LAYERS)}")
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,8 +62,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Learning rate at the end over its peak (linear and cosine)."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Decoupled weight decay of matrices; norm weights never decay."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.95
     grad_clip: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     lora: LoRAConfig = LoRAConfig()
@@ -58,6 +74,10 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def uses_lora(self) -> bool:
         return "lora" in self.train
+
+    @property
+    def trains_adapters_alone(self) -> bool:
+        return set(self.train) == {"lora"}
 
 
 def _layer_index(name: str) -> int | None:
@@ -72,8 +92,8 @@ def _is_adapter(name: str) -> bool:
 
 SELECTORS = {
     "embed": lambda name: name == "model.embed_tokens.weight",
-    "head": lambda name: name == "lm_head.weight",
-    "norms": lambda name: name.endswith("norm.weight"),
+    "head": lambda name: name.startswith("lm_head."),
+    "norms": lambda name: name.split(".")[-2].endswith("norm"),
     # Layers count from 0, as in checkpoints: layers.odd is layers 1, 3, 5, …
     "layers.odd": lambda name: (layer := _layer_index(name)) is not None and layer % 2 == 1,
     "layers.even": lambda name: (layer := _layer_index(name)) is not None and layer % 2 == 0,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import Llama, add_lora, merge_lora
+from ..model import Llama, add_lora, merge_lora, save_adapter
 from .batches import BatchLoader, SequenceSource
 from .errors import Interrupted, TrainingError
 from .evaluation import LossResult, evaluate_loss, loss_chunk_tokens
@@ -56,7 +57,7 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     steps: int
     tokens: int
-    """Tokens of all global batches, predicted or not."""
+    """Tokens of all global batches, predicted or not, every sequence counted as full."""
     trained_parameters: int
     seconds: float
     before: LossResult | None
@@ -71,12 +72,14 @@ class Trainer:
         stage: what trains, for how long and at which learning rate.
         data: training sequences, such as `PackedSequences`.
         sequence_length: tokens of a full sequence, which turns the token budget into steps.
-        folder: receives `metrics.jsonl` and the resumable states.
+        folder: receives `metrics.jsonl`, the resumable states and, if the stage trains adapters alone, `adapter`,
+            a copy of them that peft can put on the model that the stage began with.
         loop: batch sizes and intervals.
         seed: of the data order and of the adapters.
         first_sequence: sequences that earlier stages have used up.
         validation: sequences for the loss before and after, or None.
         validation_bytes: UTF-8 bytes of the validation text, for bits per byte.
+        base_model_name: where the model came from, for whoever takes the adapters to peft.
         on_log: called with every line of metrics.
 
     Example:
@@ -97,13 +100,15 @@ class Trainer:
         first_sequence: int = 0,
         validation: SequenceSource | None = None,
         validation_bytes: int | None = None,
+        base_model_name: str | None = None,
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.stage, self.loop = model, stage, loop
+        self.model, self.stage, self.loop, self.seed = model, stage, loop, seed
         self.folder = Path(folder)
         self.sequence_length = sequence_length
         self.steps = math.ceil(stage.tokens / (loop.batch_size * sequence_length))
         self.validation, self.validation_bytes = validation, validation_bytes
+        self.base_model_name = base_model_name
         self.on_log = on_log
         self.device = model.lm_head.weight.device
         self.loader = BatchLoader(
@@ -115,11 +120,11 @@ class Trainer:
             device=self.device,
         )
         if stage.uses_lora:
-            add_lora(model, r=stage.lora.r, alpha=stage.lora.alpha, targets=stage.lora.targets, seed=seed)
+            add_lora(model, **msgspec.structs.asdict(stage.lora), seed=seed)
         trained = select_parameters(model, stage.train)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        model.model.recompute_layers = loop.activations == "full"
+        model.train().model.recompute_layers = loop.activations == "full"
         self.optimizer = MasterAdamW(trained, stage)
 
     def run(self) -> StageResult:
@@ -129,8 +134,17 @@ class Trainer:
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
-            TrainingError: when the loss stops being finite.
+            TrainingError: when the loss or the gradient stops being finite, or the GPU's memory is too small.
         """
+        try:
+            return self._run()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"stage {self.stage.name!r} does not fit the GPU's memory ({str(error).partition('. GPU')[0]}): lower "
+                f'micro_batch_size (now {self.loop.micro_batch_size}), set activations = "full", or train less at once'
+            ) from error
+
+    def _run(self) -> StageResult:
         self.folder.mkdir(parents=True, exist_ok=True)
         first_step, state = self._resume()
         before = state["before"]
@@ -156,7 +170,8 @@ class Trainer:
                 done = step + 1
                 if done % self.loop.log_every == 0 or done == self.steps:
                     loss = float(loss_sum) / max(1, targets_seen)
-                    self._check_finite(loss, done)
+                    self._check_finite("loss", loss, done)
+                    self._check_finite("gradient norm", float(norm), done)
                     now = time.monotonic()
                     rate = (done * self._tokens_per_step - last_log_tokens) / max(1e-9, now - last_log)
                     fields = {"loss": loss, "lr": lr, "grad_norm": float(norm), "tokens_per_second": round(rate, 1)}
@@ -168,11 +183,16 @@ class Trainer:
                 if self.loop.validate_every and done % self.loop.validate_every == 0 and done < self.steps:
                     self._log(metrics, step=done, **_validation_fields(self._validate()))
                 if stop.signal is not None or (done % self.loop.checkpoint_every == 0 and done < self.steps):
+                    # A state that is not finite must not take the place of one that is.
+                    self._check_finite("loss", float(loss_sum), done)
+                    self._check_finite("gradient norm", float(norm), done)
                     self._save(metrics, done, before, time.monotonic() - began, float(loss_sum), targets_seen)
                 if stop.signal is not None:
                     raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {done}")
 
             trained_parameters = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
+            if self.stage.trains_adapters_alone:
+                save_adapter(self.model, self.folder / "adapter", base_model_name=self.base_model_name)
             if self.stage.uses_lora:
                 merge_lora(self.model)
             after = self._validate() if self.validation is not None else None
@@ -180,6 +200,7 @@ class Trainer:
                 self._save(metrics, self.steps, before, time.monotonic() - began, 0.0, 0)
                 raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {self.steps}")
             if after is not None:
+                self._check_finite("validation loss", after.loss, self.steps)
                 self._log(metrics, step=self.steps, **_validation_fields(after))
         return StageResult(
             name=self.stage.name,
@@ -205,24 +226,39 @@ class Trainer:
         # Every token of the global batch weighs the same, however the micro-batches divide them.
         num_targets = sum(batch.num_targets for batch in micro_batches)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            output = self.model.loss(
-                batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(self.device)
-            )
-            (output.loss_sum / max(1, num_targets)).backward()
-            self.optimizer.accumulate()
-            loss_sum += output.loss_sum.detach()
+        with self._random_numbers_of(step):
+            for batch in micro_batches:
+                output = self.model.loss(
+                    batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(self.device)
+                )
+                (output.loss_sum / max(1, num_targets)).backward()
+                self.optimizer.accumulate()
+                loss_sum += output.loss_sum.detach()
         return loss_sum, num_targets
+
+    @contextlib.contextmanager
+    def _random_numbers_of(self, step: int) -> Iterator[None]:
+        """Make dropout a pure function of (seed, step), so that a resumed run draws what an unbroken one does."""
+        if not (self.stage.uses_lora and self.stage.lora.dropout):
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Mixed, because the CPU's generator looks at 32 bits of its seed alone.
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
+            yield
 
     def _validate(self) -> LossResult:
         assert self.validation is not None
         size = self.loop.micro_batch_size
-        return evaluate_loss(self.model, self.validation, batch_size=size, text_bytes=self.validation_bytes)
+        self.model.eval()
+        result = evaluate_loss(self.model, self.validation, batch_size=size, text_bytes=self.validation_bytes)
+        self.model.train()
+        return result
 
-    def _check_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
             raise TrainingError(
-                f"the loss of stage {self.stage.name!r} is {loss} at step {step}: lower its learning rate "
+                f"the {what} of stage {self.stage.name!r} is {value} at step {step}: lower its learning rate "
                 f"(lr = {self.stage.lr:g}) or look at the data of the last {self.loop.log_every} steps"
             )
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from .errors import RunError
 
 _PREFIX = "step-"
+_STAGING_PREFIX = "writing-"
 
 
 def save_training_state(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write `folder/step-NNNNNNNN/`, then delete older states.
+    """Write `folder/step-NNNNNNNN/` unless it is there, then delete older states.
 
     The state is complete before it gets its name, and older ones go only after that, so that a crash or
     a full disk at any moment leaves the latest complete state in place.
@@ -32,14 +33,16 @@ def save_training_state(folder: Path, step: int, tensors: Mapping[str, Tensor], 
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{step:08d}"
-    staging = folder / f"writing-{step:08d}"
-    shutil.rmtree(staging, ignore_errors=True)
+    if final.exists():  # a run that resumed from it and was stopped before another step: it must never be missing
+        return
+    for stale in folder.glob(f"{_STAGING_PREFIX}*"):  # what a crash or a full disk left must not keep the disk full
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = folder / f"{_STAGING_PREFIX}{step:08d}"
     staging.mkdir()
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, staging / "state.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
     for path in (*staging.iterdir(), staging):
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)  # left by a run that was stopped and repeats this step
     staging.rename(final)
     _fsync(folder)
     for older in folder.iterdir():

@@ -6,35 +6,57 @@ model = load_model("checkpoint", dtype=torch.bfloat16)
 logits = model(input_ids, PackedDocuments.from_lengths([len(input_ids)]))
 """
 
-from .attention import KeyValueCache, PackedDocuments, packed_attention
+from .attention import PackedDocuments, packed_attention
 from .attention_backends import set_attention_backend
 from .checkpoint import CheckpointReader, load_model, save_model, write_checkpoint
 from .config import ModelConfig, read_config
+from .depth_upscaling import source_layers, upscale_checkpoint
 from .embedding_init import extend_checkpoint, new_rows
-from .errors import CheckpointError
-from .generation import generate, sample
+from .errors import CheckpointError, GenerationError
+from .generation import generate, generate_batch
+from .kv_cache import KeyValueCache
 from .llama import Llama
-from .lora import LINEAR_LAYERS, LoRALinear, add_lora, merge_lora
+from .lora import ADAPTABLE_LAYERS, LINEAR_LAYERS, LoRALinear, add_lora, merge_lora
+from .new_checkpoint import create_checkpoint, parameter_count, parameter_shapes
+from .peft_format import load_adapter, save_adapter
+from .presets import PRESETS, preset, tiny, with_vocab_size
+from .sampling import check_settings, penalize_repetition, sample
 
 __all__ = [
+    "ADAPTABLE_LAYERS",
     "LINEAR_LAYERS",
+    "PRESETS",
     "CheckpointError",
     "CheckpointReader",
+    "GenerationError",
     "KeyValueCache",
     "Llama",
     "LoRALinear",
     "ModelConfig",
     "PackedDocuments",
     "add_lora",
+    "check_settings",
+    "create_checkpoint",
     "extend_checkpoint",
     "generate",
+    "generate_batch",
+    "load_adapter",
     "load_model",
     "merge_lora",
     "new_rows",
     "packed_attention",
+    "parameter_count",
+    "parameter_shapes",
+    "penalize_repetition",
+    "preset",
     "read_config",
     "sample",
+    "save_adapter",
     "save_model",
     "set_attention_backend",
+    "source_layers",
+    "tiny",
+    "upscale_checkpoint",
+    "with_vocab_size",
     "write_checkpoint",
 ]

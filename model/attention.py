@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, and over a key/value cache while generating."""
+"""Causal attention over packed documents."""
 
 from __future__ import annotations
 
@@ -100,44 +100,3 @@ def packed_attention(
         return output.flatten(0, 1)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_sdpa(qi[None], ki[None], vi[None], sliding_window)[0] for qi, ki, vi in parts])
-
-
-class KeyValueCache:
-    """Keys and values of one growing sequence, for every layer.
-
-    Args:
-        layers: number of decoder layers.
-        capacity: most tokens the sequence may reach.
-        kv_heads, head_dim, dtype, device: of the keys and values.
-    """
-
-    def __init__(
-        self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (layers, capacity, kv_heads, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[1]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
-        """Store `k` and `v` ([L, kv_heads, D]) behind the cached tokens and attend from `q` ([L, heads, D]).
-
-        `length` moves on only when the caller has passed all layers (`advance`).
-
-        Raises:
-            ValueError: if the tokens do not fit.
-        """
-        end = self.length + k.shape[0]
-        if end > self.capacity:  # a slice past the end would take a single token without storing it
-            raise ValueError(f"{end} tokens do not fit a cache of capacity {self.capacity}: make a larger one")
-        self.keys[layer, self.length : end] = k
-        self.values[layer, self.length : end] = v
-        return _sdpa(q[None], self.keys[layer, None, :end], self.values[layer, None, :end], sliding_window)[0]
-
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` as cached, after every layer has stored them."""
-        self.length += tokens

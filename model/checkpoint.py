@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,15 +12,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic_folder import replacing_folder
 from .config import ModelConfig, read_config
 from .errors import CheckpointError
 from .llama import Llama
 from .lora import LoRALinear
+from .phi import build_model
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+LM_HEAD_BIAS = "lm_head.bias"
+VOCABULARY_TENSORS = (EMBEDDING, LM_HEAD, LM_HEAD_BIAS)
+"""Tensors with a row, or a number, for every token."""
 
 
 class CheckpointReader:
@@ -94,8 +98,8 @@ def load_model(
     """
     reader = CheckpointReader(folder)
     with torch.device("meta"):
-        model = Llama(reader.config, pad_vocab_to=pad_vocab_to)
-        expected = {name: tuple(parameter.shape) for name, parameter in Llama(reader.config).named_parameters()}
+        model = build_model(reader.config, pad_vocab_to=pad_vocab_to)
+        expected = {name: tuple(parameter.shape) for name, parameter in build_model(reader.config).named_parameters()}
     rows = model.lm_head.out_features
     loaded: dict[str, Tensor] = {}
     seen = set()
@@ -114,8 +118,8 @@ def load_model(
         else:
             # A copy even where nothing changes: the mapped file must be free to be replaced.
             tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-            if name in (EMBEDDING, LM_HEAD) and rows > len(tensor):
-                tensor = torch.cat((tensor, tensor.new_zeros(rows - len(tensor), tensor.shape[1])))
+            if name in VOCABULARY_TENSORS and rows > len(tensor):
+                tensor = torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])))
             loaded[name] = tensor
     problems += [f"missing {name}" for name in expected if name not in seen]
     if problems:
@@ -123,7 +127,7 @@ def load_model(
     model.load_state_dict(loaded, strict=False, assign=True)
     if reader.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).eval()
 
 
 def write_checkpoint(
@@ -143,23 +147,8 @@ def write_checkpoint(
         max_shard_bytes: a new safetensors file begins before this size is passed.
         extra_files: copied beside the weights, such as tokenizer files.
     """
-    folder = Path(folder)
-    staging = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as staging:
         _write_files(staging, config, tensors, max_shard_bytes, extra_files)
-    except BaseException:
-        # A partial copy of a large model must not keep the disk full.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # left over where an earlier write was killed
-        folder.rename(replaced)
-    staging.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_files(
@@ -205,8 +194,6 @@ def _write_files(
     _write_json(staging / "config.json", config.to_hf(dtype or "float32"))
     for file in extra_files:
         shutil.copy2(file, staging / Path(file).name)
-    for file in (*staging.iterdir(), staging):
-        _fsync(file)
 
 
 def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
@@ -216,10 +203,12 @@ def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) 
         CheckpointError: if the model has LoRA adapters, which the format has no place for.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise CheckpointError(f"{folder} cannot hold LoRA adapters: fold them in with merge_lora before saving")
+        raise CheckpointError(
+            f"{folder} cannot hold LoRA adapters: fold them in with merge_lora before saving, or use save_adapter"
+        )
     vocab_size = model.config.vocab_size
     tensors = (
-        (name, parameter[:vocab_size] if name in (EMBEDDING, LM_HEAD) else parameter)
+        (name, parameter[:vocab_size] if name in VOCABULARY_TENSORS else parameter)
         for name, parameter in model.named_parameters()
     )
     write_checkpoint(folder, model.config, tensors, extra_files=extra_files)
@@ -234,11 +223,3 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,13 @@ from .attention import PackedDocuments
 from .errors import CheckpointError
 from .rope_scaling import RoPEScaling, inverse_frequencies
 
-_SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_SUPPORTED = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi": "PhiForCausalLM",
+}
+_ACTIVATION = {"phi": "gelu_new"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +37,12 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
+    """Added to the mean square of a norm's input; of Phi's LayerNorm, to the variance."""
     rope_theta: float = 10_000.0
     rope_scaling: RoPEScaling | None = None
     """What stretches the context beyond that of pretraining."""
+    partial_rotary_factor: float = 1.0
+    """Share of each head's dimensions that positions rotate (Phi-2: 0.4)."""
     attention_bias: bool = False
     """Llama: biases on all four attention projections. Qwen-2 always has them on q, k and v alone."""
     sliding_window: int | None = None
@@ -50,8 +59,13 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim={self.head_dim} is odd, but rotary embedding turns pairs")
+        if self.rotary_dim % 2:
+            raise CheckpointError(f"{self.rotary_dim} rotated dimensions are odd, but rotary embedding turns pairs")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that positions rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def qkv_bias(self) -> bool:
@@ -71,7 +85,7 @@ class ModelConfig:
     def inverse_frequencies(self, extent: PackedDocuments | int, device: torch.device) -> Tensor:
         """Rotary frequencies of packed documents, or of one sequence of `extent` tokens; see rope_scaling.py."""
         return inverse_frequencies(
-            self.head_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings, extent, device
+            self.rotary_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings, extent, device
         )
 
     @classmethod
@@ -88,10 +102,14 @@ class ModelConfig:
             raise CheckpointError("a Mistral checkpoint has no attention biases, but attention_bias is true")
         if model_type == "qwen2" and raw.get("use_sliding_window"):
             raise CheckpointError("Qwen-2 with a sliding window on some layers is not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported; the family uses 'silu'")
+        activation = _ACTIVATION.get(model_type, "silu")
+        if raw.get("hidden_act", activation) != activation:
+            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported; the family uses {activation!r}")
+        if raw.get("qk_layernorm"):
+            raise CheckpointError("Phi with normalised queries and keys (qk_layernorm) is not supported")
         # transformers 5 nests the rotary constants; version 4 has `rope_theta` and `rope_scaling` on top.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        partial = 0.5 if model_type == "phi" else 1.0
         try:
             heads = raw["num_attention_heads"]
             eos = raw.get("eos_token_id")
@@ -105,8 +123,9 @@ class ModelConfig:
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rms_norm_eps=raw.get("layer_norm_eps", 1e-5) if model_type == "phi" else raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+                partial_rotary_factor=rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or partial,
                 rope_scaling=RoPEScaling.from_hf(rope),
                 attention_bias=bool(raw.get("attention_bias", False)),
                 # A Mistral configuration that says nothing means 4,096, as in transformers; null means none.
@@ -137,7 +156,7 @@ class ModelConfig:
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": _ACTIVATION.get(self.model_type, "silu"),
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
@@ -157,10 +176,15 @@ class ModelConfig:
             raw["sliding_window"] = self.sliding_window
         elif self.model_type == "llama":
             raw.update(attention_bias=self.attention_bias, mlp_bias=False)
-        else:
+        elif self.model_type == "qwen2":
             raw["use_sliding_window"] = False
-            if self.head_dim * self.num_attention_heads == self.hidden_size:
-                del raw["head_dim"]  # Qwen-2 configurations have no such key
+        else:
+            raw["layer_norm_eps"] = raw.pop("rms_norm_eps")
+            raw["partial_rotary_factor"] = self.partial_rotary_factor
+            raw["rope_parameters"]["partial_rotary_factor"] = self.partial_rotary_factor
+            raw.update(qk_layernorm=False, embd_pdrop=0.0, resid_pdrop=0.0)
+        if self.model_type in ("qwen2", "phi") and self.head_dim * self.num_attention_heads == self.hidden_size:
+            del raw["head_dim"]  # configurations of these families have no such key
         return raw
 
 

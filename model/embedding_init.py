@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checkpoint import EMBEDDING, LM_HEAD, CheckpointReader, write_checkpoint
+from .checkpoint import EMBEDDING, LM_HEAD, LM_HEAD_BIAS, CheckpointReader, write_checkpoint
 from .errors import CheckpointError
 
 InitMethod = Literal["decomposition", "mean", "random"]
@@ -86,7 +86,7 @@ def extend_checkpoint(
             f"a new piece decomposes into token {outside[0]}, but {base} has only tokens 0 to {config.vocab_size - 1}: "
             "the tokenizer's base is not the checkpoint's tokenizer"
         )
-    methods: dict[str, InitMethod] = {EMBEDDING: embedding, LM_HEAD: head}
+    methods: dict[str, InitMethod] = {EMBEDDING: embedding, LM_HEAD: head, LM_HEAD_BIAS: head}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in reader:
@@ -99,7 +99,8 @@ def extend_checkpoint(
                     )
                 # A seed of its own for each matrix, so that file order does not matter.
                 generator = torch.Generator().manual_seed(seed * 2 + (name == LM_HEAD))
-                tensor = torch.cat((tensor, new_rows(tensor, decompositions, methods[name], generator)))
+                rows = new_rows(tensor.view(len(tensor), -1), decompositions, methods[name], generator)
+                tensor = torch.cat((tensor, rows.view(-1, *tensor.shape[1:])))
             yield name, tensor
 
     new_config = replace(config, vocab_size=config.vocab_size + len(decompositions))

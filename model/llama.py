@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import LinearCrossEntropyOutput, apply_rope, linear_cross_entropy, rms_norm, rope_cos_sin, swiglu
-from .attention import KeyValueCache, PackedDocuments, packed_attention
+from .attention import PackedDocuments, packed_attention
 from .config import ModelConfig
+from .kv_cache import KeyValueCache
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=config.output_bias)
 
     def forward(
-        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | None, cache: KeyValueCache | None
+        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
     ) -> Tensor:
         q_NQD = apply_rope(self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k_NKD = apply_rope(self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
@@ -56,7 +57,6 @@ class Attention(nn.Module):
         if cache is not None:
             out_NQD = cache.attend(self.layer, q_NQD, k_NKD, v_NKD, self.sliding_window)
         else:
-            assert documents is not None
             out_NQD = packed_attention(q_NQD, k_NKD, v_NKD, documents, self.sliding_window)
         return self.o_proj(out_NQD.flatten(1))
 
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | None, cache: KeyValueCache | None
+        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
     ) -> Tensor:
         x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), cos, sin, documents, cache)
         return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
@@ -105,13 +105,11 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        if cache is not None:
-            end = cache.length + len(input_ids)
-            position_ids, extent = torch.arange(cache.length, end, device=input_ids.device), end
-        else:
-            assert documents is not None, "a forward pass needs either packed documents or a cache"
-            position_ids, extent = documents.position_ids, documents
-        cos, sin = rope_cos_sin(position_ids, self.config.inverse_frequencies(extent, input_ids.device))
+        if documents is None:
+            assert cache is not None, "a forward pass needs packed documents or a cache"
+            documents = PackedDocuments.from_lengths([len(input_ids)], input_ids.device)
+        position_ids = documents.position_ids if cache is None else cache.reserve(documents)
+        cos, sin = rope_cos_sin(position_ids, self._inverse_frequencies(documents, cache))
         x_NH = self.embed_tokens(input_ids)
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
@@ -119,8 +117,21 @@ class Decoder(nn.Module):
             else:
                 x_NH = layer(x_NH, cos, sin, documents, cache)
         if cache is not None:
-            cache.advance(len(input_ids))
+            cache.advance()
         return self.norm(x_NH)
+
+    def _inverse_frequencies(self, documents: PackedDocuments, cache: KeyValueCache | None) -> Tensor:
+        """[D/2], or [N, D/2] where they depend on the length of the text: with a cache, all of its tokens count."""
+        device = self.embed_tokens.weight.device
+        if cache is None:
+            return self.config.inverse_frequencies(documents, device)
+        lengths = [before + new for before, new in zip(cache.lengths, documents.lengths, strict=True)]
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling.rope_type != "dynamic":
+            return self.config.inverse_frequencies(max(lengths), device)
+        each = torch.stack([self.config.inverse_frequencies(length, device) for length in lengths])
+        counts = torch.tensor(documents.lengths, device=device)
+        return each.repeat_interleave(counts, dim=0, output_size=sum(documents.lengths))
 
 
 class Llama(nn.Module):
@@ -159,7 +170,7 @@ class Llama(nn.Module):
     def forward(
         self, input_ids: Tensor, documents: PackedDocuments | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Logits [N, V] in the weights' dtype, of packed documents or of the tokens behind `cache`."""
+        """Logits [N, V] in the weights' dtype, of packed documents, or of the tokens behind those in `cache`."""
         return self.logits(self.model(input_ids, documents, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -179,5 +190,10 @@ class Llama(nn.Module):
         """
         hidden_NH = self.hidden_states(input_ids, documents)
         return linear_cross_entropy(
-            hidden_NH, self.lm_head.weight, targets, vocab_size=self.config.vocab_size, chunk_tokens=chunk_tokens
+            hidden_NH,
+            self.lm_head.weight,
+            targets,
+            bias=self.lm_head.bias,  # None but for Phi
+            vocab_size=self.config.vocab_size,
+            chunk_tokens=chunk_tokens,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,21 +12,36 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of a decoder layer."""
+"""The seven projections of a Llama decoder layer."""
+ADAPTABLE_LAYERS = (*LINEAR_LAYERS, "dense", "fc1", "fc2")
+"""Those, and what Phi-2's layers call theirs."""
 
 
 class LoRALinear(nn.Linear):
-    """y = x·Wᵀ + (alpha/r)·(x·Aᵀ)·Bᵀ with W as in the layer it replaces, A [r, in] and B [out, r].
+    """y = x·Wᵀ + scale·(dropout(x)·Aᵀ)·Bᵀ with W as in the layer it replaces, A [r, in] and B [out, r].
 
-    B starts at zero, so the layer starts as the one it replaces. W keeps its name, `weight`.
+    scale is alpha/r, or alpha/√r with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the
+    layer starts as the one it replaces. W keeps its name, `weight`. Dropout follows `train()` and `eval()`, and
+    draws from torch's generators.
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
+        self.train(base.training)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
-        self.scale = alpha / r
+        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         bound = 1.0 / math.sqrt(base.in_features)  # Kaiming uniform with a = √5, as in the paper's code
         values = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
@@ -33,57 +49,109 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + ((input @ self.lora_A.T) @ self.lora_B.T) * self.scale
+        kept = nn.functional.dropout(input, self.dropout, self.training) if self.dropout else input
+        return super().forward(input) + ((kept @ self.lora_A.T) @ self.lora_B.T) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """W + (alpha/r)·B·A, computed in fp32 and rounded once to the dtype of W."""
+        """W + scale·B·A, computed in fp32 and rounded once to the dtype of W."""
         delta = self.lora_B.detach().float() @ self.lora_A.detach().float()
         return (self.weight.detach().float() + self.scale * delta).to(self.weight.dtype)
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that can have an adapter, by whole name, in model order: every linear one but the LM head."""
+    # The fused loss reads the LM head's weight and would pass an adapter by.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _last(name) != "lm_head"
+    }
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether `targets` means the layer of this whole name, in the sense of PEFT's `target_modules`.
+
+    Raises:
+        CheckpointError: if `targets` is a string that is no regular expression.
+    """
+    if not isinstance(targets, str):
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+    if targets.lower() == "all-linear":
+        return True
+    try:
+        return re.fullmatch(targets, name) is not None
+    except re.error as error:
+        raise CheckpointError(f"LoRA target {targets!r} is not a regular expression: {error}") from None
+
+
 def add_lora(
-    model: nn.Module, *, r: int, alpha: float, targets: Sequence[str] = LINEAR_LAYERS, seed: int = 0
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    targets: str | Sequence[str] = LINEAR_LAYERS,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
 ) -> list[str]:
-    """Replace every linear layer of the decoder whose last name is in `targets` by a `LoRALinear`.
+    """Replace the linear layers that `targets` means by `LoRALinear`s; the LM head cannot be one of them.
 
     Args:
         model: the module to change in place.
         r: rank.
         alpha: the update is scaled by alpha / r.
-        targets: names such as "q_proj".
+        targets: a list of last names ("q_proj") or whole names ("model.layers.0.mlp.up_proj"), or one string:
+            "all-linear" for every linear layer, or else a regular expression that matches whole names.
+        dropout: probability with which an entry of the adapter's input is zero in training, the rest being
+            scaled by 1 / (1 − dropout).
+        rslora: scale by alpha / √r instead.
         seed: of the A matrices, drawn on the CPU in the model's own order.
 
     Returns:
         The names of the new parameters.
 
     Raises:
-        CheckpointError: if a target names no layer of the decoder, or one that has an adapter already.
+        CheckpointError: if a target names no layer, or one that has an adapter already, or a value is out of range.
     """
     if r < 1:
         raise CheckpointError(f"LoRA rank {r} is not positive")
+    if not 0 <= dropout < 1:
+        raise CheckpointError(f"LoRA dropout {dropout} is not in [0, 1)")
     generator = torch.Generator().manual_seed(seed)
-    layers = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        # Only the decoder's projections: the fused loss reads the LM head's weight and would pass an adapter by.
-        if name in targets and name in LINEAR_LAYERS and isinstance(child, nn.Linear)
-    ]
-    if missing := sorted(set(targets) - {name for _, name, _ in layers}):
-        raise CheckpointError(f"LoRA target {missing[0]!r} names no linear layer; known: {', '.join(LINEAR_LAYERS)}")
-    if adapted := [name for _, name, child in layers if isinstance(child, LoRALinear)]:
+    layers = linear_layers(model)
+    for target in [targets] if isinstance(targets, str) else [(target,) for target in targets]:
+        if not any(is_target(name, target) for name in layers):
+            known = ", ".join(dict.fromkeys(_last(name) for name in layers))
+            if isinstance(target, str):
+                known += f"; a pattern matches whole names, such as {next(iter(layers), 'model.layers.0.mlp.up_proj')}"
+            shown = target if isinstance(target, str) else target[0]
+            raise CheckpointError(f"LoRA target {shown!r} names no linear layer; known: {known}")
+    chosen = {name: layer for name, layer in layers.items() if is_target(name, targets)}
+    if adapted := [name for name, layer in chosen.items() if isinstance(layer, LoRALinear)]:
         raise CheckpointError(f"{adapted[0]} has a LoRA adapter already: merge_lora it before adding another")
-    for parent, name, child in layers:
-        setattr(parent, name, LoRALinear(child, r, alpha, generator))
-    return [name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))]
+    for name, layer in chosen.items():
+        _replace(model, name, LoRALinear(layer, r, alpha, generator, dropout=dropout, rslora=rslora))
+    return [f"{name}.{matrix}" for name in chosen for matrix in ("lora_A", "lora_B")]
 
 
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter into its weight and put plain linear layers back, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                merged = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-                merged.weight = nn.Parameter(child.merged_weight(), requires_grad=child.weight.requires_grad)
-                merged.register_parameter("bias", child.bias)
-                setattr(parent, name, merged)
+    for name, layer in adapted_layers(model).items():
+        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.weight.requires_grad)
+        merged.register_parameter("bias", layer.bias)
+        _replace(model, name, merged.train(layer.training))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have an adapter, by whole name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -85,14 +84,13 @@ def pretrain(context: Context, folder: Path) -> StepResult:
     result = trainer.run()
     export_hf_tokenizer(load_model_proto(context.base_tokenizer), folder / "tokenizer")
     save_model(model, folder / "model", extra_files=sorted((folder / "tokenizer").iterdir()))
-    for scratch in ("states", "shards", "tokenizer"):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return StepResult(
         summary={"parameters": parameters, "corpus_tokens": train.tokens, **msgspec.to_builtins(result)},
         outputs=model_outputs(folder),
         went_in=f"{train.tokens:,} English tokens, seen {result.tokens / train.tokens:.1f} times",
         came_out=f"{parameters / 1e6:.1f}M-parameter model, vocabulary {tokenizer.vocab_size:,}",
+        scratch=("states", "shards", "tokenizer"),
         before=result.before.loss if result.before else None,
         after=result.after.loss if result.after else None,
     )

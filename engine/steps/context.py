@@ -14,7 +14,7 @@ from ...filtering import find_inputs, read_documents
 from ...model import Llama, load_model, read_config
 from ...tokenizer import Tokenizer, load_model_proto
 from ..device import resolve_device, resolve_precision
-from ..errors import RecipeError
+from ..errors import CheckpointError, RecipeError
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import RunFolder, StepResult
@@ -52,7 +52,13 @@ class Context:
 
     @classmethod
     def create(cls, recipe: Recipe) -> Context:
-        """Resolve device and precision; raises RecipeError for a device that is not there."""
+        """Resolve device and precision; raises RecipeError for a device or a tokenizer that cannot be used."""
+        tokenizer = recipe.base.tokenizer
+        if recipe.tokenizer is None and tokenizer is not None and Path(tokenizer).name != "tokenizer.model":
+            raise RecipeError(
+                f"base.tokenizer = {tokenizer!r} must be a file named tokenizer.model where the recipe has no "
+                "[tokenizer] section: it is copied beside every checkpoint"
+            )
         device = resolve_device(recipe.device)
         return cls(recipe, RunFolder(recipe.run_dir), device, resolve_precision(recipe.precision, device))
 
@@ -106,8 +112,9 @@ class Context:
         """The tokenizer's files, to lie beside every checkpoint."""
         return [path for name in _TOKENIZER_FILES if (path := self.tokenizer_folder / name).exists()]
 
-    def load(self, folder: Path) -> Llama:
-        """A checkpoint on the run's device and in its precision."""
+    def load(self, folder: Path, tokenizer: Tokenizer) -> Llama:
+        """A checkpoint on the run's device and in its precision; it must have a row for every piece."""
+        check_rows(folder, tokenizer)
         return load_model(folder, device=self.device, dtype=self.dtype)
 
     def corpus_files(self, split: str) -> list[Path]:
@@ -116,16 +123,33 @@ class Context:
         return [self.run.path / "filter" / name for name in manifest["outputs"] if name.startswith(f"{split}-")]
 
     def heldout_texts(self, limit: int) -> dict[str, list[str]]:
-        """At most `limit` held-out documents by domain; "korean" is the corpus' own validation split."""
+        """At most `limit` held-out documents by domain; "korean" is the corpus' own validation split, if it has one."""
         files: dict[str, list[Path]] = {}
-        if self.recipe.filter is not None:
-            files["korean"] = self.corpus_files("validation")
+        if self.recipe.filter is not None and (validation := self.corpus_files("validation")):
+            files["korean"] = validation
         files.update({domain: find_inputs(paths) for domain, paths in self.recipe.heldout.items()})
         return {domain: list(first_texts(paths, limit)) for domain, paths in files.items()}
 
     def outputs_digest(self, step: str) -> str:
-        """Hash of what a finished step wrote; raises RunError if it is not finished."""
+        """Hash of what a finished step wrote.
+
+        Raises:
+            RunError: if it is not finished.
+            RecipeError: if it is not, and the recipe has no section that would make it.
+        """
+        self.check_source(step)
         return self.run.step(step).require()["outputs_digest"]
+
+    def check_source(self, step: str) -> None:
+        """Raise for a step that is not finished and that the recipe has no section for."""
+        folder, section = self.run.step(step), step.partition("/")[0]
+        if getattr(self.recipe, section) is None and folder.manifest() is None:
+            raise RecipeError(f"{folder.path} does not exist, and the recipe has no [{section}] section to make it")
+
+    def check_init(self) -> None:
+        """Raise where new pieces get no rows, so that nothing can be done with the model."""
+        if self.recipe.tokenizer is not None and self.recipe.init is None:
+            raise RecipeError("[tokenizer] adds pieces that the model has no rows for: add an [init] section")
 
     def file_hashes(self, files: Iterable[Path]) -> dict[str, str]:
         """Hashes of files outside the run, by path."""
@@ -163,16 +187,28 @@ class Context:
             load_model_proto(self.base_tokenizer)
 
     def check_heldout(self) -> None:
-        """Raise for held-out files that are not there."""
-        for paths in self.recipe.heldout.values():
-            find_inputs(paths)
+        """Raise for held-out files that are not there, and for a domain without a document."""
+        for domain, paths in self.recipe.heldout.items():
+            if not list(first_texts(find_inputs(paths), 1)):
+                raise RecipeError(f"heldout.{domain} holds no document ({', '.join(paths)}); leave it out")
 
     def heldout_hashes(self) -> dict[str, str]:
+        """Hashes of the held-out files, by domain, place in the domain and path."""
         return {
-            name: digest
-            for paths in self.recipe.heldout.values()
-            for name, digest in self.file_hashes(find_inputs(paths)).items()
+            f"heldout.{domain}[{place}] {path}": self.run.file_hash(path)
+            for domain, paths in self.recipe.heldout.items()
+            for place, path in enumerate(find_inputs(paths))
         }
+
+
+def check_rows(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError for a checkpoint with fewer rows than the tokenizer has pieces."""
+    rows = read_config(checkpoint).vocab_size
+    if rows < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint} has {rows} rows but the tokenizer {tokenizer.vocab_size} pieces: "
+            "run the init step, or use the checkpoint's own tokenizer"
+        )
 
 
 def first_texts(paths: Iterable[Path], limit: int | None = None) -> Iterator[str]:
@@ -204,10 +240,3 @@ def config_of(section: Any, **more: Any) -> dict[str, Any]:
 def model_outputs(folder: Path) -> list[str]:
     """Files of the checkpoint `folder/model`, relative to `folder`."""
     return sorted(str(path.relative_to(folder)) for path in (folder / "model").iterdir())
-
-
-def require_section(section: Any, name: str) -> Any:
-    """The section; raises RecipeError if the recipe has none."""
-    if section is None:
-        raise RecipeError(f"the recipe has no [{name}] section, so there is nothing to run")
-    return section

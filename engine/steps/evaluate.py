@@ -24,7 +24,11 @@ def units(context: Context) -> list[Unit]:
         return []
 
     def inputs() -> dict[str, str]:
-        hashes = {**context.base_hashes(), **context.heldout_hashes(), **context.final_hashes()}
+        hashes = context.heldout_hashes()
+        makers = {"base": context.base_hashes, "init": context.initial_hashes, "train": context.trained_hashes}
+        for name, hashes_of in {**makers, "sft": context.final_hashes}.items():
+            if name in config.checkpoints:
+                hashes.update(hashes_of())
         if context.recipe.filter is not None:
             hashes["filter"] = context.outputs_digest("filter")
         if config.kobest is not None:
@@ -66,7 +70,7 @@ def run_eval(context: Context, folder: Path) -> StepResult:
     tasks = KOBEST_TASKS if config.kobest is not None else ()
     with Progress("eval", len(checkpoints) * (len(heldout) + len(tasks)), " sets") as progress:
         for name, model_folder, tokenizer in checkpoints:
-            model = context.load(model_folder)
+            model = context.load(model_folder, tokenizer)
             measured: dict[str, Any] = {"text": {}, "kobest": {}}
             for domain, texts in heldout.items():
                 result = evaluate_text(model, tokenizer, texts, window=config.window, batch_size=config.batch_size)

@@ -13,7 +13,7 @@ from ...tokenizer import Tokenizer, export_hf_tokenizer, load_model_proto
 from ..errors import CheckpointError
 from ..run_folder import StepResult, write_json
 from ..sft import CHAT_TEMPLATE
-from .context import Context, Unit, config_of
+from .context import Context, Unit, check_rows, config_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PROBE_TEXT = "대한민국의 모든 국민은 법 앞에 평등하다. All people are equal before the law."
@@ -33,7 +33,8 @@ def units(context: Context) -> list[Unit]:
         known = {"eval": evaluation["digest"]} if evaluation else {}
         return {**context.final_hashes(), **context.tokenizer_hashes(), **known}
 
-    return [Unit("export", "export", config_of(config), inputs, lambda folder: run_export(context, folder))]
+    described = config_of(config)
+    return [Unit("export", "export", described, inputs, lambda folder: run_export(context, folder), context.check_init)]
 
 
 def run_export(context: Context, folder: Path) -> StepResult:
@@ -45,6 +46,7 @@ def run_export(context: Context, folder: Path) -> StepResult:
     config = context.recipe.export
     assert config is not None
     target = folder / "model"
+    check_rows(context.final_model, context.tokenizer())
     reader = CheckpointReader(context.final_model)
     dtype = _DTYPES.get(config.precision)
     write_checkpoint(target, reader.config, ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in reader))

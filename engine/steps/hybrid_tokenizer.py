@@ -24,6 +24,7 @@ def units(context: Context) -> list[Unit]:
         return {**base, **context.heldout_hashes(), "filter": context.outputs_digest("filter")}
 
     def check() -> None:
+        context.check_source("filter")
         context.check_base()
         context.check_heldout()
 

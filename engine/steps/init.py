@@ -30,7 +30,12 @@ def units(context: Context) -> list[Unit]:
         return {**context.base_hashes(), **context.tokenizer_hashes(), **context.heldout_hashes(), **corpus}
 
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
-    return [Unit("init", "init", described, inputs, lambda folder: run_init(context, folder), context.check_base)]
+
+    def check() -> None:
+        context.check_base()
+        context.check_heldout()
+
+    return [Unit("init", "init", described, inputs, lambda folder: run_init(context, folder), check)]
 
 
 def run_init(context: Context, folder: Path) -> StepResult:
@@ -80,7 +85,7 @@ def run_init(context: Context, folder: Path) -> StepResult:
 
 
 def _measure(context: Context, model_folder: Path, tokenizer: Tokenizer, heldout: dict[str, list[str]]) -> dict:
-    model = context.load(model_folder)
+    model = context.load(model_folder, tokenizer)
     return {
         domain: msgspec.to_builtins(evaluate_text(model, tokenizer, texts))
         for domain, texts in heldout.items()

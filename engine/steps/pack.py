@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..errors import ShardError
 from ..packing import pack_texts
 from ..progress import Progress, scaled
 from ..run_folder import StepResult
@@ -24,7 +25,10 @@ def units(context: Context) -> list[Unit]:
     def inputs() -> dict[str, str]:
         return {"filter": context.outputs_digest("filter"), **context.tokenizer_hashes()}
 
-    return [Unit("pack", "pack", config_of(config), inputs, lambda folder: run_pack(context, folder))]
+    def check() -> None:
+        context.check_source("filter")
+
+    return [Unit("pack", "pack", config_of(config), inputs, lambda folder: run_pack(context, folder), check)]
 
 
 def run_pack(context: Context, folder: Path) -> StepResult:
@@ -33,6 +37,8 @@ def run_pack(context: Context, folder: Path) -> StepResult:
     assert config is not None
     tokenizer = context.tokenizer()
     files = {split: context.corpus_files(split) for split in SPLITS}
+    if not files["train"]:
+        raise ShardError("no document of the corpus is left to train on: lower filter.validation_fraction")
     with Progress("pack", sum(p.stat().st_size for paths in files.values() for p in paths), "B") as progress:
         for split, paths in files.items():
             for number, path in enumerate(paths):

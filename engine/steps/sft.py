@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -30,7 +29,10 @@ def units(context: Context) -> list[Unit]:
         return {**context.file_hashes(files), **context.trained_hashes(), **context.tokenizer_hashes()}
 
     def check() -> None:
-        read_conversations(files)
+        context.check_init()
+        read_conversations(config.data)
+        if config.heldout:
+            read_conversations(config.heldout)
 
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
     return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder), check)]
@@ -41,21 +43,24 @@ def run_sft(context: Context, folder: Path) -> StepResult:
     config = context.recipe.sft
     assert config is not None
     tokenizer = context.tokenizer()
-    conversations, problems = read_conversations([Path(path) for path in config.data])
+    conversations, problems = read_conversations(config.data)
     examples, too_long = encode_conversations(conversations, tokenizer, config.sequence_length)
     data = ExampleSequences(examples, config.sequence_length, context.recipe.seed)
     validation = None
     if config.heldout:
-        heldout, heldout_problems = read_conversations([Path(path) for path in config.heldout])
+        heldout, heldout_problems = read_conversations(config.heldout)
         heldout_examples, _ = encode_conversations(heldout, tokenizer, config.sequence_length)
         validation = ExampleSequences(heldout_examples, config.sequence_length, context.recipe.seed)
         problems += heldout_problems
-    steps = math.ceil(config.epochs * len(data) / config.batch_size)
-    model = context.load(context.trained_model)
+    # Even batches, so that the last one reaches as little as possible into another epoch.
+    sequences = config.epochs * len(data)
+    steps = math.ceil(sequences / config.batch_size)
+    loop = msgspec.structs.replace(config, batch_size=math.ceil(sequences / steps))
+    model = context.load(context.trained_model, tokenizer)
     stage = Stage(
         name="sft",
         train=config.train,
-        tokens=steps * config.batch_size * config.sequence_length,
+        tokens=steps * loop.batch_size * config.sequence_length,
         lr=config.lr,
         lora=config.lora,
     )
@@ -65,13 +70,13 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         data,
         sequence_length=config.sequence_length,
         folder=folder,
-        loop=config,
+        loop=loop,
         seed=context.recipe.seed,
         validation=validation,
+        base_model_name=str(context.trained_model),
     )
     result = trainer.run()
     save_model(model, folder / "model", extra_files=context.tokenizer_files())
-    shutil.rmtree(folder / "states", ignore_errors=True)
     return StepResult(
         summary={
             "conversations": len(examples),
@@ -83,6 +88,7 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         outputs=model_outputs(folder),
         went_in=f"{len(examples):,} conversations, {result.steps} steps",
         came_out=f"{' + '.join(stage.train)} trained, loss on answers only",
+        scratch=("states",),
         before=result.before.loss if result.before else None,
         after=result.after.loss if result.after else None,
     )

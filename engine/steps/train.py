@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import msgspec
 
 from ...model import save_model
 from ..batches import PackedSequences
-from ..errors import CheckpointError, ShardError
+from ..errors import ShardError
 from ..progress import scaled
 from ..run_folder import StepResult
 from ..shards import TokenShards
@@ -40,8 +39,13 @@ def _stage_unit(context: Context, index: int) -> Unit:
         seed=context.recipe.seed,
         precision=context.precision,
     )
+
+    def check() -> None:
+        context.check_source("pack")
+        context.check_init()
+
     name = context.stage_name(index)
-    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder))
+    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder), check)
 
 
 def _first_sequence(context: Context, index: int) -> int:
@@ -62,12 +66,7 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
     pack = context.run.path / "pack"
     shards = TokenShards.open(pack, "train", tokenizer_sha256=tokenizer.sha256)
     validation = _validation(pack, tokenizer.sha256)
-    model = context.load(start)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{start} has {model.config.vocab_size} rows but the tokenizer {tokenizer.vocab_size} pieces: "
-            "run the init step, or use the checkpoint's own tokenizer"
-        )
+    model = context.load(start, tokenizer)
     trainer = Trainer(
         model,
         stage,
@@ -79,16 +78,16 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
         first_sequence=_first_sequence(context, index),
         validation=PackedSequences(validation, config.sequence_length) if validation else None,
         validation_bytes=validation.text_bytes if validation else None,
+        base_model_name=str(start),
     )
     result = trainer.run()
     save_model(model, folder / "model", extra_files=context.tokenizer_files())
-    # Optimizer state ends with its stage: the next one trains other parameters.
-    shutil.rmtree(folder / "states", ignore_errors=True)
     return StepResult(
         summary=msgspec.to_builtins(result),
         outputs=model_outputs(folder),
         went_in=f"{scaled(result.tokens)} tokens, {result.steps} steps",
         came_out=f"{scaled(result.trained_parameters)} parameters trained ({' + '.join(stage.train)})",
+        scratch=("states",),  # optimizer state ends with its stage: the next one trains other parameters
         before=result.before.loss if result.before else None,
         after=result.after.loss if result.after else None,
     )

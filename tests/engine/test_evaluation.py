@@ -46,6 +46,17 @@ def test_bits_per_byte_equals_transformers_document_by_document(checkpoint, refe
     assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_no_window_is_longer_than_the_models_context(checkpoint):
+    """Positions behind it were never trained: the loss there says nothing about the text."""
+    tokenizer, texts = Tokenizer(checkpoint / "tokenizer.model"), ["\n".join(korean_texts()[:12])]
+    model = load_model(checkpoint)
+    limit = model.config.max_position_embeddings
+    assert len(tokenizer.encode(texts[0])) > 2 * limit
+    assert evaluate_text(model, tokenizer, texts, window=4 * limit) == evaluate_text(
+        model, tokenizer, texts, window=limit
+    )
+
+
 @pytest.mark.parametrize("task", KOBEST_TASKS)
 def test_choice_log_likelihoods_equal_transformers(checkpoint, reference, task):
     tokenizer, items = Tokenizer(checkpoint / "tokenizer.model"), read_task(KOBEST, task)[:5]

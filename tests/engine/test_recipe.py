@@ -29,6 +29,9 @@ def path(tmp_path):
         ("a b=1", "write it as section.key=value"),
         ("base.checkpoint=somewhere", "either a checkpoint or a"),
         ("export.precision=fp8", r"export\.precision: Invalid enum value 'fp8'"),
+        ("train.stages[3].lora.dropout=1", r"train\.stages\[3\]\.lora\.dropout: Expected float < 1\.0 \(1\)"),
+        ("train.stages[3].lora.targets=(", r"train\.stages\[3\]\.lora: targets '\(' is not a regular expression"),
+        ('sft.lora.targets=["model.layers.0.mlp.up"]', "cannot adapt 'model.layers.0.mlp.up'; known: q_proj, k_proj"),
     ],
 )
 def test_a_bad_override_is_one_sentence_that_names_the_key(path, override, message):
@@ -63,6 +66,14 @@ def test_overrides_replace_what_the_file_says(path):
     assert recipe.train.stages[3].lora.r == 2
     assert recipe.train.stages[3].lora.alpha == 8.0
     assert (recipe.seed, recipe.name) == (9, "other")
+
+
+@pytest.mark.parametrize("targets", [r".*\.[0-3]\.mlp\..*", "all-linear", ("q_proj", "model.layers.0.mlp.up_proj")])
+def test_lora_targets_are_names_or_one_pattern(path, targets):
+    toml = f"'{targets}'" if isinstance(targets, str) else str(list(targets))
+    recipe = load_recipe(path, [f"sft.lora.targets={toml}"])
+    assert recipe.sft is not None
+    assert recipe.sft.lora.targets == targets
 
 
 def test_the_name_is_the_files_unless_given(path):

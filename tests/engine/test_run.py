@@ -19,6 +19,7 @@ from redwhale.engine import load_recipe, run_recipe
 from redwhale.engine.cli import main
 from redwhale.engine.errors import CheckpointError
 from redwhale.engine.pipeline import STEPS
+from redwhale.model import load_adapter, load_model, merge_lora
 
 CLI = [sys.executable, "-m", "redwhale.engine.cli"]
 STAGES = ["1-embed-head", "2-odd", "3-even", "4-lora"]
@@ -88,6 +89,19 @@ def test_each_stage_on_disk_changes_exactly_what_it_names(finished):
         for name in current:
             assert torch.equal(current[name], previous[name]) != is_trained(stage, name), (stage, name)
         previous = current
+
+
+@pytest.mark.parametrize(("step", "start"), [("train/4-lora", "train/3-even"), ("sft", "train/4-lora")])
+def test_an_adapter_turns_the_model_before_it_into_the_model_beside_it(finished, step, start):
+    adapter = finished.run_dir / step / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    model = load_model(Path(config["base_model_name_or_path"]))
+    before = weights(finished.run_dir / start / "model")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    load_adapter(model, adapter)
+    merge_lora(model)
+    after = weights(finished.run_dir / step / "model")
+    assert all(torch.equal(after[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_old_rows_survive_initialisation_bit_by_bit(finished):

@@ -10,6 +10,8 @@ from redwhale.engine.errors import TrainingError
 from redwhale.engine.optimizer import MasterAdamW
 from redwhale.engine.stages import learning_rate, select_parameters
 from redwhale.engine.training_state import load_training_state, save_training_state
+from redwhale.model import load_adapter, merge_lora
+from redwhale.model.lora import adapted_layers
 
 LENGTH = 16
 STAGES = [
@@ -98,11 +100,21 @@ class Crash(Exception):
     pass
 
 
+DROPOUT = LoRAConfig(r=4, alpha=8.0, dropout=0.3)
+RESUMED = {
+    "all": (stage(("all",)), "none"),
+    "lora": (stage(("lora",)), "none"),
+    "layers.odd": (stage(("layers.odd",)), "none"),
+    "dropout": (stage(("lora",), lora=DROPOUT), "none"),
+    "dropout, recomputed": (stage(("lora",), lora=DROPOUT), "full"),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("train", [("all",), ("lora",), ("layers.odd",)], ids="+".join)
-def test_resume_after_a_crash_at_any_step_is_bit_exact(tmp_path, data, train, dtype):
+@pytest.mark.parametrize(("chosen", "activations"), RESUMED.values(), ids=RESUMED)
+def test_resume_after_a_crash_at_any_step_is_bit_exact(tmp_path, data, chosen, activations, dtype):
     whole = tiny_model(dtype)
-    expected = trainer(whole, stage(train), data, tmp_path / "whole").run()
+    expected = trainer(whole, chosen, data, tmp_path / "whole", activations=activations).run()
     for crash_step in (1, 3, 4, 7):  # before, at and behind a saved state, and at the last step but one
         folder = tmp_path / f"crash-{crash_step}"
 
@@ -110,12 +122,13 @@ def test_resume_after_a_crash_at_any_step_is_bit_exact(tmp_path, data, train, dt
             if line["step"] == at and "loss" in line:
                 raise Crash
 
-        first = trainer(tiny_model(dtype), stage(train), data, folder)
+        torch.manual_seed(crash_step)  # the state of the global generator plays no part
+        first = trainer(tiny_model(dtype), chosen, data, folder, activations=activations)
         first.on_log = crash
         with pytest.raises(Crash):
             first.run()
         resumed = tiny_model(dtype)
-        result = trainer(resumed, stage(train), data, folder).run()
+        result = trainer(resumed, chosen, data, folder, activations=activations).run()
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, weights(whole)[name]), (crash_step, name)
         assert result.after == expected.after
@@ -181,14 +194,46 @@ def test_gradients_do_not_depend_on_how_documents_are_packed(tmp_path):
         assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
 
-def test_recomputing_activations_changes_nothing(tmp_path, data):
+@pytest.mark.parametrize(
+    "chosen", [stage(("embed", "layers.odd")), stage(("embed", "lora"), lora=DROPOUT)], ids=["layers", "dropout"]
+)
+def test_recomputing_activations_changes_nothing(tmp_path, data, chosen):
     results = []
     for policy in ("none", "full"):
         model = tiny_model()
-        trainer(model, stage(("embed", "layers.odd")), data, tmp_path / policy, activations=policy).run()
+        trainer(model, chosen, data, tmp_path / policy, activations=policy).run()
         results.append(weights(model))
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
+
+
+def test_dropout_masks_differ_from_step_to_step_and_leave_the_global_generator_alone(tmp_path, data):
+    model = tiny_model()
+    run = trainer(model, stage(("lora",), lora=DROPOUT), data, tmp_path)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    batches = run.loader.micro_batches(0)
+    run.loader.micro_batches = lambda step: batches
+    state = torch.get_rng_state()
+    losses = [run._forward_backward(step)[0].item() for step in (0, 1, 2, 0)]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = run._validate()
+    assert run._validate() == plain
+    assert model.training
+
+
+def test_adapters_trained_alone_are_left_for_peft(tmp_path, data):
+    model = tiny_model()
+    trainer(model, stage(("lora",), lora=LoRAConfig(r=4, alpha=8.0, rslora=True)), data, tmp_path / "lora").run()
+    again = tiny_model()
+    load_adapter(again, tmp_path / "lora" / "adapter")
+    merge_lora(again)
+    assert all(torch.equal(tensor, weights(model)[name]) for name, tensor in weights(again).items())
+    # Beside a trained embedding, the adapters alone would not give the stage's model.
+    trainer(tiny_model(), stage(("embed", "lora")), data, tmp_path / "both").run()
+    assert not (tmp_path / "both" / "adapter").exists()
 
 
 def test_adamw_equals_the_formula_in_float64(data):

@@ -9,6 +9,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -18,6 +20,7 @@ _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "phi": (PhiConfig, PhiForCausalLM),
 }
 
 _LLAMA3 = {
@@ -38,6 +41,8 @@ VARIANTS = {
     "llama llama3 scaling": ("llama", {"rope": _LLAMA3}),
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "phi": ("phi", {"num_key_value_heads": 4, "rope": {"partial_rotary_factor": 0.5}}),
+    "phi grouped queries": ("phi", {"num_key_value_heads": 2, "rope": {"partial_rotary_factor": 0.25}}),
     "mistral tied window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7, "tie_word_embeddings": True}),
 }
 
@@ -63,7 +68,7 @@ def write_transformers_checkpoint(
         intermediate_size=112,
         num_hidden_layers=3,
         num_attention_heads=4,
-        rms_norm_eps=1e-5,
+        **{"layer_norm_eps" if kind == "phi" else "rms_norm_eps": 1e-5},
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,

@@ -91,7 +91,7 @@ def test_a_configuration_survives_being_written_and_read(model_type):
         ({"rope_scaling": {"type": "linear"}}, "RoPE scaling of type 'linear' needs factor"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "RoPE scaling of type 'llama3' needs factor"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"head_dim": 15}, "15 rotated dimensions are odd"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, settings, message):

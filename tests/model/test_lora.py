@@ -192,6 +192,129 @@ def test_a_rank_below_one_is_an_error(base):
         add_lora(load_model(base), r=0, alpha=ALPHA)
 
 
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_no_share_is_an_error(base, dropout):
+    with pytest.raises(CheckpointError, match=r"dropout .* is not in \[0, 1\)"):
+        add_lora(load_model(base), r=R, alpha=ALPHA, dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["model.layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
+        (["layers.2.self_attn.k_proj", "layers.0.mlp.down_proj"], ["0.mlp.down_proj", "2.self_attn.k_proj"]),
+        (r"model\.layers\.[12]\..*\.[qk]_proj", [f"{i}.self_attn.{p}_proj" for i in (1, 2) for p in "qk"]),
+        (r".*\.2\.mlp\..*", [f"2.mlp.{name}_proj" for name in ("gate", "up", "down")]),
+    ],
+)
+def test_layers_are_chosen_by_whole_name_or_pattern(base, targets, expected):
+    model = load_model(base)
+    names = add_lora(model, r=R, alpha=ALPHA, targets=targets)
+    chosen = [f"model.layers.{name.removeprefix('model.layers.')}" for name in expected]
+    assert names == [f"{name}.{matrix}" for name in chosen for matrix in ("lora_A", "lora_B")]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(names)
+
+
+def test_all_linear_is_every_projection_but_the_head(base):
+    model = load_model(base)
+    assert len(add_lora(model, r=R, alpha=ALPHA, targets="all-linear")) == 3 * 7 * 2
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_last_names_are_whole_words(base):
+    """A plain suffix match would take every projection for "proj"."""
+    with pytest.raises(CheckpointError, match="'proj' names no linear layer"):
+        add_lora(load_model(base), r=R, alpha=ALPHA, targets=["proj"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("q_proj", "'q_proj' names no linear layer; .* a pattern matches whole names, such as model.layers.0"),
+        (".*lm_head", "'.*lm_head' names no linear layer"),
+        ("(", r"'\(' is not a regular expression: missing \)"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(base, pattern, message):
+    model = load_model(base)
+    with pytest.raises(CheckpointError, match=message):
+        add_lora(model, r=R, alpha=ALPHA, targets=pattern)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    torch.manual_seed(0)
+    base = nn.Linear(10, 7, bias=False)
+    layer = LoRALinear(base, R, ALPHA, rslora=True)
+    layer.lora_B.data.normal_()
+    x = torch.randn(5, 10)
+    w, a, b = (t.detach().double() for t in (base.weight, layer.lora_A, layer.lora_B))
+    expected = w + ALPHA / 2.0 * (b @ a)  # √4 = 2
+    torch.testing.assert_close(layer(x).double(), x.double() @ expected.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.merged_weight().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def dropping_layer(dropout):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(10, 7, bias=False).train(), R, ALPHA, dropout=dropout)
+    layer.lora_B.data.normal_()
+    return layer, torch.randn(1, 10)
+
+
+def test_dropout_leaves_the_expectation_and_has_the_variance_of_a_bernoulli_mask():
+    dropout = 0.3
+    layer, x = dropping_layer(dropout)
+    repeats = 40_000
+    with torch.no_grad():
+        samples = layer(x.expand(repeats, -1)).double()
+        kept = layer.eval()(x).double()[0]
+        update = (ALPHA / R * layer.lora_B @ layer.lora_A).double()
+    # Each input is x·m/(1−p) with m ~ Bernoulli(1−p): mean x, variance x²·p/(1−p). The base's share has none.
+    variance = (update**2 * x.double() ** 2).sum(1) * dropout / (1 - dropout)
+    error = (samples.mean(0) - kept).abs() / (variance / repeats).sqrt()
+    assert float(error.max()) < 4
+    torch.testing.assert_close(samples.var(0), variance, rtol=0.05, atol=0)
+
+
+def test_dropout_reaches_the_adapter_alone():
+    layer, x = dropping_layer(0.5)
+    layer.lora_B.data.zero_()
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
+
+
+def test_dropout_is_off_in_eval_and_in_a_loaded_model(base, ids):
+    model = load_model(base)
+    names = add_lora(model, r=R, alpha=ALPHA, dropout=0.5, seed=5)
+    plain = load_model(base)
+    add_lora(plain, r=R, alpha=ALPHA, seed=5)
+    for one in (model, plain):
+        generator = torch.Generator().manual_seed(9)
+        for name in names[1::2]:
+            one.get_parameter(name).data.normal_(0, 0.05, generator=generator)
+    expected = plain(ids, documents_of(ids))
+    assert torch.equal(model(ids, documents_of(ids)), expected)
+    assert not torch.equal(model.train()(ids, documents_of(ids)), expected)
+    assert torch.equal(model.eval()(ids, documents_of(ids)), expected)
+    model.train()
+    merge_lora(model)
+    merge_lora(plain)
+    assert torch.equal(model(ids, documents_of(ids)), plain(ids, documents_of(ids)))
+
+
+def test_recomputed_layers_see_the_masks_of_the_first_pass(base, ids):
+    gradients = []
+    for recompute in (False, True):
+        model, names = adapted_model(base)
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.dropout = 0.4
+        model.train().model.recompute_layers = recompute
+        torch.manual_seed(11)
+        model.loss(ids, ids.roll(-1), documents_of(ids)).loss_sum.backward()
+        gradients.append([model.get_parameter(name).grad for name in names])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
+
+
 def test_recomputed_layers_train_the_adapters_of_a_frozen_trunk(base, ids):
     gradients = []
     for recompute in (False, True):
