@@ -13,7 +13,7 @@ def check(run: Path) -> list[str]:
         return json.loads((run / step / "manifest.json").read_text(encoding="utf-8"))
 
     problems = []
-    stages = sorted(path.parent.name for path in (run / "train").glob("*/manifest.json"))
+    stages = [name.removeprefix("train/") for name in json.loads((run / "train/stages.json").read_text())]
     if len(stages) != 4:
         problems.append(f"expected four stages, found {stages}")
     for step in ["base", *(f"train/{stage}" for stage in stages), "sft"]:

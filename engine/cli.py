@@ -26,7 +26,13 @@ _STEP_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's to mend, 130 or 143 stopped by a signal."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes all positional arguments at once, so overrides behind an option are left over.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     # Everything heavy is imported behind the parser, so that --help and worker processes start at once.
     from .errors import USER_ERRORS, Interrupted, explain_os_error
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from .errors import RecipeError
 from .recipe import Recipe
-from .run_folder import Stopwatch, digest_of
+from .run_folder import STAGES, Stopwatch, digest_of, write_json
 from .steps import base, corpus, evaluate, export, hybrid_tokenizer, init, pack, sft, train
 from .steps.context import Context, Unit
 
@@ -58,6 +58,10 @@ def run_recipe(
     for unit in units:  # hours of work should not end in a file that was never there
         unit.check()
     with context.run.locked():
+        if stages := [unit.name for unit in units if unit.step == "train"]:
+            # A stage that the recipe no longer has keeps its folder; this says which ones count.
+            context.run.path.joinpath("train").mkdir(exist_ok=True)
+            write_json(context.run.path / STAGES, stages)
         return [_run_unit(context, unit, force, say) for unit in units]
 
 

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .errors import RunError
-from .run_folder import MANIFEST, read_manifest
+from .run_folder import MANIFEST, STAGES, read_manifest
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733 }
@@ -62,6 +62,9 @@ def write_report(run_dir: Path) -> Path:
 def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
     paths = [*run_dir.glob(f"*/{MANIFEST}"), *run_dir.glob(f"train/*/{MANIFEST}")]
     folders = [path.parent for path in paths if not path.parent.name.endswith((".partial", ".previous"))]
+    if (run_dir / STAGES).exists():
+        stages = json.loads((run_dir / STAGES).read_text(encoding="utf-8"))
+        folders = [folder for folder in folders if folder.parent == run_dir or f"train/{folder.name}" in stages]
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
 
     def place(manifest: dict[str, Any]) -> tuple[int, int]:

@@ -25,6 +25,8 @@ from typing import Any
 from .errors import RunError
 
 MANIFEST = "manifest.json"
+STAGES = "train/stages.json"
+"""Names of the stages of the recipe that ran last, in order."""
 _STARTED = "started.json"
 _MANIFEST_KEYS = {
     *("step", "digest", "finished", "seconds", "config", "inputs", "outputs", "outputs_digest"),

@@ -229,6 +229,19 @@ def test_a_changed_stage_redoes_itself_and_what_follows_only(finished, tmp_path)
     )
 
 
+def test_a_renamed_stage_leaves_the_report(finished, tmp_path, capfd):
+    overrides = copy_run(finished, tmp_path, without=("4-lora", "sft", "eval", "export"))
+    recipe = str(finished.run_dir.parents[1] / "tiny.toml")
+    # Overrides may also stand behind an option.
+    assert main(["train", recipe, "--debug", *overrides, "train.stages[2].name=renamed"]) == 0
+    assert (tmp_path / "tiny" / "train" / "3-even").exists()
+    code, out, _ = run_cli(capfd, "report", str(tmp_path / "tiny"))
+    assert code == 0
+    page = Path(out.strip().splitlines()[-1]).read_text(encoding="utf-8")
+    assert "train/3-renamed" in page
+    assert "train/3-even" not in page
+
+
 @pytest.mark.parametrize("override", ["train.log_every=3", "train.checkpoint_every=2", "filter.workers=2"])
 def test_settings_that_change_no_result_redo_nothing(finished, override):
     recipe = load_recipe(finished.run_dir.parents[1] / "tiny.toml", [override])
