@@ -5,12 +5,14 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "bench" / "results"
@@ -58,20 +60,20 @@ def parser(description: str | None, result: str) -> argparse.ArgumentParser:
 def shown_command(script: str, paths: Sequence[Path], arguments: Sequence[str]) -> str:
     """The command line with DATA for the folder that holds all `paths` outside the project.
 
-    Paths in the project are shown relative to it.
+    Paths in the project are shown relative to it, and paths with nothing in common by their last part.
     """
-    outside = [str(path.resolve()) for path in paths if not path.resolve().is_relative_to(PROJECT)]
-    data = os.path.commonpath(outside) if outside else None
-    if data is not None and Path(data).is_file():
-        data = os.path.dirname(data)
+    inputs = {path.resolve() for path in paths}
+    outside = [path for path in inputs if not path.is_relative_to(PROJECT)]
+    folders = [path.parent if path.is_file() else path for path in outside]
+    common = Path(os.path.commonpath(folders or ["/"]))
     shown = []
     for argument in arguments:
         name, separator, value = argument.rpartition("=")
-        resolved = str(Path(value).resolve())
-        if Path(resolved).exists() and data is not None and Path(resolved).is_relative_to(data):
-            value = str(Path("DATA") / Path(resolved).relative_to(data))
-        elif Path(value).exists() and Path(resolved).is_relative_to(PROJECT):
-            value = str(Path(resolved).relative_to(PROJECT))
+        path = Path(value).resolve()
+        if path in inputs and path.is_relative_to(PROJECT):
+            value = path.relative_to(PROJECT).as_posix()
+        elif path in inputs:
+            value = (Path("DATA") / (path.name if len(common.parts) < 2 else path.relative_to(common))).as_posix()
         shown.append(name + separator + value)
     return shlex.join(["python", script, *shown])
 
@@ -99,6 +101,54 @@ def write_result(name: str, script: str, results: dict[str, Any], *, data: Seque
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(PROJECT)}")
     return path
+
+
+Output = TypeVar("Output")
+
+
+class QuietTimer:
+    """Times calls, and times them again when other processes took part of the machine meanwhile.
+
+    What is thrown away is decided by the CPU time of the others, never by how long the call took.
+    """
+
+    def __init__(self, patience: float, most_share: float = 0.1) -> None:
+        """Wait at most `patience` seconds in all for calls in which others take up to `most_share` of all cores."""
+        self._gives_up = time.monotonic() + patience
+        self._most_share = most_share
+        self.kept_shares: list[float] = []
+        self.discarded = 0
+
+    def time(self, call: Callable[[], Output]) -> tuple[float, Output]:
+        """Seconds of one undisturbed call, and what it returned; exits when the machine stays busy."""
+        while True:
+            busy_before, own_before = _cpu_seconds()
+            began = time.perf_counter()
+            output = call()
+            seconds = time.perf_counter() - began
+            busy_after, own_after = _cpu_seconds()
+            others = (busy_after - busy_before) - (own_after - own_before)
+            share = max(0.0, others / (seconds * (os.cpu_count() or 1)))
+            if share <= self._most_share:
+                self.kept_shares.append(share)
+                return seconds, output
+            self.discarded += 1
+            if time.monotonic() > self._gives_up:
+                raise SystemExit("other processes keep the machine busy: stop them, or raise --patience")
+
+    def described(self) -> dict[str, Any]:
+        """What to report beside the timings."""
+        kept = {"others_cpu_share": round(statistics.mean(self.kept_shares), 3)} if self.kept_shares else {}
+        return {**kept, "most_others_cpu_share": self._most_share, "discarded_calls": self.discarded}
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """CPU time that the machine, and that this process with its finished children, has spent."""
+    own = sum(os.times()[:4])
+    if not Path("/proc/stat").exists():
+        return own, own
+    ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own
 
 
 def peak_memory_mb() -> float | None:

@@ -5,12 +5,11 @@ so that a disturbance of the machine falls on all alike.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import parser, write_result
+from common import QuietTimer, parser, write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -86,6 +85,7 @@ def main() -> None:
     arguments.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 2048], help="tokens a chunk")
     arguments.add_argument("--runs", type=int, default=9, help="timed runs of each (default: %(default)s)")
     arguments.add_argument("--warmup", type=int, default=2, help="default: %(default)s")
+    arguments.add_argument("--patience", type=float, default=300, help="seconds to wait for a quiet machine")
     given = arguments.parse_args()
 
     generator = torch.Generator().manual_seed(0)
@@ -115,13 +115,17 @@ def main() -> None:
             assert (own - reference).norm() < 0.02 * reference.norm(), f"{key}: other gradients than plain PyTorch"
         assert abs(losses[key] / losses["plain", None] - 1) < 1e-3, f"{key}: another loss than plain PyTorch"
     gradients.clear()
-    memory = {key: peak_allocated_mb(lambda step=step: run(step)) for key, step in steps.items()}
+    memory = {}
+    for key, step in steps.items():
+        hidden.grad = weight.grad = None
+        memory[key] = peak_allocated_mb(lambda step=step: run(step))
+    timer = QuietTimer(given.patience)
     for number in range(given.warmup + given.runs):
         for key, step in steps.items():
-            began = time.perf_counter()
-            run(step)
-            if number >= given.warmup:
-                seconds[key].append(time.perf_counter() - began)
+            if number < given.warmup:
+                run(step)
+            else:
+                seconds[key].append(timer.time(lambda step=step: run(step))[0])
 
     rows = [
         {
@@ -146,6 +150,7 @@ def main() -> None:
             "hidden_size": given.hidden_size,
             "dtype": "bfloat16",
             "threads": torch.get_num_threads(),
+            **timer.described(),
             "implementations": rows,
         },
     )

@@ -88,7 +88,7 @@ def pretrain(context: Context, folder: Path) -> StepResult:
     return StepResult(
         summary={"parameters": parameters, "corpus_tokens": train.tokens, **msgspec.to_builtins(result)},
         outputs=model_outputs(folder),
-        went_in=f"{train.tokens:,} English tokens, seen {result.tokens / train.tokens:.1f} times",
+        went_in=f"{train.tokens:,} tokens, seen {result.tokens / train.tokens:.1f} times",
         came_out=f"{parameters / 1e6:.1f}M-parameter model, vocabulary {tokenizer.vocab_size:,}",
         scratch=("states", "shards", "tokenizer"),
         before=result.before.loss if result.before else None,
