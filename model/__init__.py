@@ -20,6 +20,7 @@ from .lora import ADAPTABLE_LAYERS, LINEAR_LAYERS, LoRALinear, add_lora, merge_l
 from .new_checkpoint import create_checkpoint, parameter_count, parameter_shapes
 from .peft_format import load_adapter, save_adapter
 from .presets import PRESETS, preset, tiny, with_vocab_size
+from .rope_layout import RoPELayout, to_half, to_interleaved
 from .sampling import check_settings, penalize_repetition, sample
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LoRALinear",
     "ModelConfig",
     "PackedDocuments",
+    "RoPELayout",
     "add_lora",
     "check_settings",
     "create_checkpoint",
@@ -56,6 +58,8 @@ __all__ = [
     "set_attention_backend",
     "source_layers",
     "tiny",
+    "to_half",
+    "to_interleaved",
     "upscale_checkpoint",
     "with_vocab_size",
     "write_checkpoint",

@@ -18,6 +18,7 @@ from .errors import CheckpointError
 from .llama import Llama
 from .lora import LoRALinear
 from .phi import build_model
+from .rope_layout import RoPELayout, to_half_if_rotated
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -82,7 +83,12 @@ class CheckpointReader:
 
 
 def load_model(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, pad_vocab_to: int = 1
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    pad_vocab_to: int = 1,
+    rope_layout: RoPELayout = "half",
 ) -> Llama:
     """Load a checkpoint straight to its device and dtype, holding one extra tensor at a time.
 
@@ -91,6 +97,8 @@ def load_model(
         device: where the weights go.
         dtype: what they become; None keeps the stored one.
         pad_vocab_to: see `Llama`; padding rows are zero.
+        rope_layout: order of the rotated rows in the files: "half", that of Hugging Face, or "interleaved", for
+            tensors that come from Meta's own files, llama2.c or GGUF. The model, and what it saves, is "half".
 
     Raises:
         CheckpointError: naming every missing, unexpected or mis-shaped tensor at once, and a head that differs
@@ -117,6 +125,8 @@ def load_model(
             problems.append(f"{name} has shape {tuple(tensor.shape)}, the configuration says {expected[name]}")
         else:
             # A copy even where nothing changes: the mapped file must be free to be replaced.
+            if rope_layout == "interleaved":
+                tensor = to_half_if_rotated(name, tensor, reader.config)
             tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
             if name in VOCABULARY_TENSORS and rows > len(tensor):
                 tensor = torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])))

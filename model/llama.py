@@ -4,8 +4,7 @@ Shape suffixes: N tokens of all documents together, H hidden size, Q query heads
 D head dimension, F feed-forward size, V vocabulary. Parameter names and layouts are those of Hugging
 Face checkpoints, so that weights move in and out untouched.
 
-Sources: Touvron et al. 2023 (arXiv 2302.13971, the block), Ainslie et al. 2023 (2305.13245, grouped
-queries), Jiang et al. 2023 (2310.06825, sliding window).
+The block is that of Touvron et al. 2023 (arXiv 2302.13971); each part names the source of its equation.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .kv_cache import KeyValueCache
 
 
 class RMSNorm(nn.Module):
-    """y = weight · x / sqrt(mean(x²) + eps)."""
+    """y = weight · x / sqrt(mean(x²) + eps) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,7 +34,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """softmax(R(q)·R(k)ᵀ / √D + mask) · v per head, then the output projection.
+
+    Scaled dot products from Vaswani et al. 2017 (arXiv 1706.03762); R turns each query and key by its position (RoPE,
+    Su et al. 2021, 2104.09864); Q/K query heads share a key/value head (Ainslie et al. 2023, 2305.13245); the mask is
+    causal, within documents, and within the sliding window if there is one (Jiang et al. 2023, 2310.06825).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(silu(gate(x)) · up(x)), SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x ← x + attention(norm(x)), then x ← x + MLP(norm(x)) (pre-norm: Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

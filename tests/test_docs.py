@@ -90,9 +90,14 @@ def test_the_embedding_guides_programs_run(tmp_path, monkeypatch):
     assert list(tmp_path.glob("tiny-training/metrics.jsonl"))
 
 
+def test_the_model_guides_program_loads_a_padded_model(quickstart):
+    model = execute(DOCS / "models.md")["model"]
+    assert (model.config.vocab_size, model.lm_head.out_features) == (97, 128)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_no_python_is_left_out(document):
-    executed = {README, DOCS / "token-shards.md", DOCS / "embedding.md"}
+    executed = {README, DOCS / "token-shards.md", DOCS / "embedding.md", DOCS / "models.md"}
     assert document in executed or not blocks(document, "python")
 
 
