@@ -141,7 +141,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        stop_ids={tokenizer.eos_id},
+        stop_ids=_stop_ids(tokenizer, model.config.vocab_size),
         seed=seed,
     )
     return stream.pieces(tokens)
@@ -177,7 +177,7 @@ def generate_texts(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        stop_ids={tokenizer.eos_id},
+        stop_ids=_stop_ids(tokenizer, model.config.vocab_size),
         seed=seed,
         on_token=add,
     )
@@ -191,12 +191,20 @@ def check_stops(stops: Sequence[str]) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise GenerationError unless tokenizer and model have equally many tokens."""
-    if tokenizer.vocab_size != vocab_size:
+    """Raise GenerationError if the tokenizer has pieces that the model has no rows for.
+
+    More rows than pieces are common: vocabularies are padded, and tokens added that the `.model` does not hold.
+    """
+    if tokenizer.vocab_size > vocab_size:
         raise GenerationError(
             f"the checkpoint has {vocab_size} tokens, {str(tokenizer.path)!r} has {tokenizer.vocab_size}; "
             "use the tokenizer that belongs to the checkpoint"
         )
+
+
+def _stop_ids(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+    """Tokens that end a text: end-of-text, and those beyond the tokenizer, which stand for no text."""
+    return {tokenizer.eos_id, *range(tokenizer.vocab_size, vocab_size)}
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -211,10 +211,26 @@ def test_no_token_is_computed_behind_a_stop_string(model, tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
-    other = Llama(ModelConfig(**{**_SHAPE, "vocab_size": 610}))
+    other = Llama(ModelConfig(**{**_SHAPE, "vocab_size": 590}))
     for call in (generate_text, generate_texts):
-        with pytest.raises(GenerationError, match=r"the checkpoint has 610 tokens, '.*' has 600; use the tokenizer"):
+        with pytest.raises(GenerationError, match=r"the checkpoint has 590 tokens, '.*' has 600; use the tokenizer"):
             call(other, tokenizer, "The")
+
+
+def test_a_token_beyond_the_tokenizer_ends_the_text(model, tokenizer):
+    """Padded vocabularies have rows without a piece; a model that chooses one has no more to say."""
+    padded = Llama(ModelConfig(**{**vars(model.config), "vocab_size": 610}))
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat((state[name], torch.zeros(10, 32)))
+    padded.load_state_dict(state)
+    expected = "".join(generate_text(model, tokenizer, "The", max_new_tokens=20))
+    assert "".join(generate_text(padded, tokenizer, "The", max_new_tokens=20)) == expected
+    with torch.no_grad():  # in every state, some row beyond the tokenizer now has the highest logit
+        padded.lm_head.weight[600:605] = 100 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        padded.lm_head.weight[605:] = -padded.lm_head.weight[600:605]
+    assert "".join(generate_text(padded, tokenizer, "The", max_new_tokens=20)) == ""
+    assert generate_texts(padded, tokenizer, ["The", "A"], max_new_tokens=20) == ["", ""]
 
 
 _SHAPE = {
@@ -298,7 +314,7 @@ def test_what_a_user_gets_wrong_ends_in_one_sentence(capfd, standard_input, chec
     shutil.copytree(checkpoint, without)
     (without / "tokenizer.model").unlink()
     other = tmp_path / "other"
-    save_model(Llama(ModelConfig(**{**_SHAPE, "vocab_size": 610})), other, extra_files=[checkpoint / "tokenizer.model"])
+    save_model(Llama(ModelConfig(**{**_SHAPE, "vocab_size": 590})), other, extra_files=[checkpoint / "tokenizer.model"])
     cases = {
         (checkpoint, "The", "--temperature", -1): "temperature is -1.0; it must be at least 0 (greedy) and finite",
         (checkpoint, "The", "--top-p", 0): "top_p is 0.0; it must be above 0",
@@ -311,7 +327,7 @@ def test_what_a_user_gets_wrong_ends_in_one_sentence(capfd, standard_input, chec
         (checkpoint, "한\udcff"): "lone surrogate",
         (without, "The"): f"{without} has no tokenizer.model",
         (tmp_path / "absent", "The"): "is not a checkpoint folder",
-        (other, "The"): "the checkpoint has 610 tokens",
+        (other, "The"): "the checkpoint has 590 tokens",
     }
     for arguments, message in cases.items():
         code, out, err = run(capfd, *arguments)
