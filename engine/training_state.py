@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..model.atomic_folder import fsync
 from .errors import RunError
 
 _PREFIX = "step-"
@@ -42,9 +42,9 @@ def save_training_state(folder: Path, step: int, tensors: Mapping[str, Tensor], 
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, staging / "state.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
     for path in (*staging.iterdir(), staging):
-        _fsync(path)
+        fsync(path)
     staging.rename(final)
-    _fsync(folder)
+    fsync(folder)
     for older in folder.iterdir():
         if older != final:
             shutil.rmtree(older, ignore_errors=True)
@@ -60,11 +60,3 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         return load_file(latest / "state.safetensors"), json.loads((latest / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RunError(f"{latest} cannot be read ({error}); delete it to start this stage again") from None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

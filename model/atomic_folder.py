@@ -22,7 +22,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in (*staging.iterdir(), staging):
-            _fsync(path)
+            fsync(path)
     except BaseException:
         # A partial copy of a large model must not keep the disk full.
         shutil.rmtree(staging, ignore_errors=True)
@@ -32,11 +32,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)  # left over where an earlier write was killed
         folder.rename(replaced)
     staging.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import PackedDocuments
 from .errors import CheckpointError
 from .rope_scaling import RoPEScaling, inverse_frequencies
 
@@ -82,10 +82,10 @@ class ModelConfig:
             return int(self.max_position_embeddings * self.rope_scaling.factor)
         return self.max_position_embeddings
 
-    def inverse_frequencies(self, extent: PackedDocuments | int, device: torch.device) -> Tensor:
-        """Rotary frequencies of packed documents, or of one sequence of `extent` tokens; see rope_scaling.py."""
+    def inverse_frequencies(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+        """Rotary frequencies of the last `counts` tokens of texts of `lengths` tokens; see rope_scaling.py."""
         return inverse_frequencies(
-            self.rotary_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings, extent, device
+            self.rotary_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings, lengths, counts, device
         )
 
     @classmethod

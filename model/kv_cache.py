@@ -51,6 +51,10 @@ class KeyValueCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
+    def lengths_with(self, new: PackedDocuments) -> list[int]:
+        """Tokens of each sequence once those of `new`, one document for each, are behind its cached ones."""
+        return [length + count for length, count in zip(self.lengths, new.lengths, strict=True)]
+
     def reserve(self, new: PackedDocuments) -> Tensor:
         """Announce the tokens of a forward pass.
 
@@ -65,7 +69,7 @@ class KeyValueCache:
         """
         if len(new.lengths) != len(self.lengths):
             raise ValueError(f"{len(new.lengths)} documents for the {len(self.lengths)} sequences of the cache")
-        end = max(length + count for length, count in zip(self.lengths, new.lengths, strict=True))
+        end = max(self.lengths_with(new))
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of capacity {self.capacity}: make a larger one")
         device = self.keys.device
@@ -99,7 +103,7 @@ class KeyValueCache:
     def advance(self) -> None:
         """Count the new tokens as cached, after every layer has stored them."""
         assert self._new is not None, "reserve comes first"
-        self.lengths = [length + count for length, count in zip(self.lengths, self._new.lengths, strict=True)]
+        self.lengths = self.lengths_with(self._new)
         self._new = None
 
     def drop(self, rows: Collection[int]) -> list[int]:

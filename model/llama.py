@@ -113,7 +113,9 @@ class Decoder(nn.Module):
             assert cache is not None, "a forward pass needs packed documents or a cache"
             documents = PackedDocuments.from_lengths([len(input_ids)], input_ids.device)
         position_ids = documents.position_ids if cache is None else cache.reserve(documents)
-        cos, sin = rope_cos_sin(position_ids, self._inverse_frequencies(documents, cache))
+        lengths = documents.lengths if cache is None else cache.lengths_with(documents)
+        frequencies = self.config.inverse_frequencies(lengths, documents.lengths, input_ids.device)
+        cos, sin = rope_cos_sin(position_ids, frequencies)
         x_NH = self.embed_tokens(input_ids)
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
@@ -123,19 +125,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance()
         return self.norm(x_NH)
-
-    def _inverse_frequencies(self, documents: PackedDocuments, cache: KeyValueCache | None) -> Tensor:
-        """[D/2], or [N, D/2] where they depend on the length of the text: with a cache, all of its tokens count."""
-        device = self.embed_tokens.weight.device
-        if cache is None:
-            return self.config.inverse_frequencies(documents, device)
-        lengths = [before + new for before, new in zip(cache.lengths, documents.lengths, strict=True)]
-        scaling = self.config.rope_scaling
-        if scaling is None or scaling.rope_type != "dynamic":
-            return self.config.inverse_frequencies(max(lengths), device)
-        each = torch.stack([self.config.inverse_frequencies(length, device) for length in lengths])
-        counts = torch.tensor(documents.lengths, device=device)
-        return each.repeat_interleave(counts, dim=0, output_size=sum(documents.lengths))
 
 
 class Llama(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import PackedDocuments
 from .errors import CheckpointError
 
 _KEYS = {
@@ -54,22 +54,24 @@ def inverse_frequencies(
     theta: float,
     scaling: RoPEScaling | None,
     max_position_embeddings: int,
-    documents: PackedDocuments | int,
+    lengths: Sequence[int],
+    counts: Sequence[int],
     device: torch.device,
 ) -> Tensor:
     """Radians per position of each rotated pair.
 
     Args:
-        head_dim: D.
+        head_dim: D, the rotated dimensions of a head.
         theta: base of the progression; unscaled, pair i turns by theta^(−2i/D) per position.
         scaling: what stretches the context, or None.
         max_position_embeddings: length from which "dynamic" scaling acts.
-        documents: the layout of the tokens, or the length of the one sequence they belong to.
+        lengths: tokens of each text, those in a cache included.
+        counts: tokens of each text that are to be rotated; they add up to N.
         device: of the result.
 
     Returns:
-        [D/2] fp32, or [N, D/2] for "dynamic" scaling of packed documents: each is scaled by its own length, so that
-        packing changes nothing.
+        [D/2] fp32, or [N, D/2] for "dynamic" scaling: each text is scaled by its own length, so that packing changes
+        nothing.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     if scaling is None:
@@ -78,13 +80,10 @@ def inverse_frequencies(
         return 1.0 / theta**exponents / scaling.factor
     if scaling.rope_type == "llama3":
         return _llama3(1.0 / theta**exponents, scaling)
-    lengths = (documents,) if isinstance(documents, int) else documents.lengths
     stretch = [scaling.factor * max(n / max_position_embeddings, 1.0) - (scaling.factor - 1.0) for n in lengths]
     thetas = torch.tensor([theta * s ** (head_dim / (head_dim - 2)) for s in stretch], device=device)
     frequencies = 1.0 / thetas[:, None] ** exponents
-    if isinstance(documents, int):
-        return frequencies[0]
-    return frequencies.repeat_interleave(torch.tensor(lengths, device=device), dim=0, output_size=sum(lengths))
+    return frequencies.repeat_interleave(torch.tensor(counts, device=device), dim=0, output_size=sum(counts))
 
 
 def _llama3(frequencies: Tensor, scaling: RoPEScaling) -> Tensor:
