@@ -12,9 +12,6 @@ from ..model import Llama
 from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, ExampleSequences, SequenceSource, batched
 
-CPU_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once on a CPU: larger blocks fall out of the caches."""
-
 
 class LossResult(msgspec.Struct, frozen=True, kw_only=True):
     """Loss of a model on some text."""
@@ -27,11 +24,6 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
     """Total cross-entropy in bits over the UTF-8 bytes of the text, comparable across tokenizers."""
     tokens: int
     """Predicted tokens."""
-
-
-def loss_chunk_tokens(device: torch.device) -> int:
-    """Tokens per block of logits that suit the device."""
-    return CPU_CHUNK_TOKENS if device.type == "cpu" else 4096
 
 
 @torch.inference_mode()
@@ -51,7 +43,7 @@ def evaluate_loss(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     tokens = 0
     for batch in batched(source, range(len(source)), batch_size, device):
-        output = model.loss(batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(device))
+        output = model.loss(batch.input_ids, batch.targets, batch.documents)
         nats += output.loss_sum
         correct += output.correct
         tokens += batch.num_targets

@@ -10,7 +10,6 @@ import torch
 from ..model import Llama
 from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, Batch, TokenSequence
-from .evaluation import loss_chunk_tokens
 from .kobest import MultipleChoiceItem
 
 
@@ -44,7 +43,7 @@ def log_likelihoods(
     device = model.lm_head.weight.device
     for numbers in _by_length(requests, max_tokens):
         batch = Batch.collate([requests[number] for number in numbers], device)
-        output = model.loss(batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(device))
+        output = model.loss(batch.input_ids, batch.targets, batch.documents)
         sums = [-float(part.double().sum()) for part in output.token_losses.cpu().split(batch.documents.lengths)]
         for number, total in zip(numbers, sums, strict=True):
             totals[number] = total

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -81,15 +81,23 @@ class RunFolder:
 
     def file_hash(self, path: Path) -> str:
         """SHA-256 of a file; computed again only when its size or modification time has changed."""
-        path = Path(path).resolve()
-        status = path.stat()
-        known = self._hash_cache().get(str(path))
-        if known and known[:2] == [status.st_size, status.st_mtime_ns]:
-            return known[2]
-        digest = sha256_file(path)
-        self._hash_cache()[str(path)] = [status.st_size, status.st_mtime_ns, digest]
-        write_json(self.path / ".hashes.json", self._hashes)
-        return digest
+        return self.file_hashes([path])[0]
+
+    def file_hashes(self, paths: Iterable[Path]) -> list[str]:
+        """`file_hash` of many files, in order; what was computed is written down once, at the end."""
+        known, digests, new = self._hash_cache(), [], False
+        for path in paths:
+            resolved = Path(path).resolve()
+            status = resolved.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            entry = known.get(str(resolved))
+            if not entry or entry[:2] != stamp:
+                entry = known[str(resolved)] = [*stamp, sha256_file(resolved)]
+                new = True
+            digests.append(entry[2])
+        if new:
+            write_json(self.path / ".hashes.json", known)
+        return digests
 
     def _hash_cache(self) -> dict[str, list]:
         path = self.path / ".hashes.json"

@@ -71,6 +71,10 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         check_selectors(self.train)
 
+    def steps(self, batch_size: int, sequence_length: int) -> int:
+        """Steps that the token budget takes with batches of `batch_size` sequences."""
+        return math.ceil(self.tokens / (batch_size * sequence_length))
+
     @property
     def uses_lora(self) -> bool:
         return "lora" in self.train

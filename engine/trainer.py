@@ -22,7 +22,7 @@ from torch import Tensor
 from ..model import Llama, add_lora, merge_lora, save_adapter
 from .batches import BatchLoader, SequenceSource
 from .errors import Interrupted, TrainingError
-from .evaluation import LossResult, evaluate_loss, loss_chunk_tokens
+from .evaluation import LossResult, evaluate_loss
 from .optimizer import MasterAdamW
 from .progress import Progress
 from .stages import Positive, Stage, learning_rate, select_parameters
@@ -106,7 +106,7 @@ class Trainer:
         self.model, self.stage, self.loop, self.seed = model, stage, loop, seed
         self.folder = Path(folder)
         self.sequence_length = sequence_length
-        self.steps = math.ceil(stage.tokens / (loop.batch_size * sequence_length))
+        self.steps = stage.steps(loop.batch_size, sequence_length)
         self.validation, self.validation_bytes = validation, validation_bytes
         self.base_model_name = base_model_name
         self.on_log = on_log
@@ -228,9 +228,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._random_numbers_of(step):
             for batch in micro_batches:
-                output = self.model.loss(
-                    batch.input_ids, batch.targets, batch.documents, chunk_tokens=loss_chunk_tokens(self.device)
-                )
+                output = self.model.loss(batch.input_ids, batch.targets, batch.documents)
                 (output.loss_sum / max(1, num_targets)).backward()
                 self.optimizer.accumulate()
                 loss_sum += output.loss_sum.detach()

@@ -106,7 +106,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int | None = None,
 ) -> LinearCrossEntropyOutput:
     """Sum of the cross-entropies of `hidden @ weight.T + bias` against `targets`.
 
@@ -117,12 +117,15 @@ def linear_cross_entropy(
         bias: [V], same dtype, or None.
         vocab_size: rows of `weight` that are tokens; those behind are padding with probability 0. None for all.
         ignore_index: target value that contributes neither loss nor gradient.
-        chunk_tokens: tokens whose logits exist at once; a chunk takes 4·chunk_tokens·V bytes in fp32.
+        chunk_tokens: tokens whose logits exist at once; a chunk takes 4·chunk_tokens·V bytes in fp32. None takes 128
+            on a CPU, where larger blocks fall out of the caches, and 4,096 elsewhere.
 
     Returns:
         `LinearCrossEntropyOutput`. Nothing is read back to the host. FLOPs: 2·N·V·H, and as many again
         for each of the two gradients that is needed.
     """
+    if chunk_tokens is None:
+        chunk_tokens = 128 if hidden.device.type == "cpu" else 4096
     tokens_in_vocabulary = weight.shape[0] if vocab_size is None else vocab_size
     result = _LinearCrossEntropy.apply(
         hidden, weight, bias, targets, ignore_index, tokens_in_vocabulary, chunk_tokens, torch.is_grad_enabled()

@@ -171,7 +171,7 @@ class Llama(nn.Module):
         return self.lm_head(hidden)[..., : self.config.vocab_size]
 
     def loss(
-        self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments, *, chunk_tokens: int = 4096
+        self, input_ids: Tensor, targets: Tensor, documents: PackedDocuments, *, chunk_tokens: int | None = None
     ) -> LinearCrossEntropyOutput:
         """Summed next-token loss in nats, without ever holding all logits.
 
@@ -179,7 +179,7 @@ class Llama(nn.Module):
             input_ids: [N] int64.
             targets: [N] int64, −100 where nothing is to be predicted.
             documents: layout of the N tokens.
-            chunk_tokens: tokens whose logits exist at once.
+            chunk_tokens: see `linear_cross_entropy`.
         """
         hidden_NH = self.hidden_states(input_ids, documents)
         return linear_cross_entropy(

@@ -153,7 +153,8 @@ class Context:
 
     def file_hashes(self, files: Iterable[Path]) -> dict[str, str]:
         """Hashes of files outside the run, by path."""
-        return {str(path): self.run.file_hash(path) for path in files}
+        files = list(files)
+        return dict(zip(map(str, files), self.run.file_hashes(files), strict=True))
 
     def base_hashes(self) -> dict[str, str]:
         """Hash of the base model and its tokenizer, wherever they come from."""
@@ -194,11 +195,12 @@ class Context:
 
     def heldout_hashes(self) -> dict[str, str]:
         """Hashes of the held-out files, by domain, place in the domain and path."""
-        return {
-            f"heldout.{domain}[{place}] {path}": self.run.file_hash(path)
+        files = {
+            f"heldout.{domain}[{place}] {path}": path
             for domain, paths in self.recipe.heldout.items()
             for place, path in enumerate(find_inputs(paths))
         }
+        return dict(zip(files, self.run.file_hashes(files.values()), strict=True))
 
 
 def check_rows(checkpoint: Path, tokenizer: Tokenizer) -> None:

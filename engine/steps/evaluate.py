@@ -67,7 +67,9 @@ def run_eval(context: Context, folder: Path) -> StepResult:
     heldout = context.heldout_texts(config.documents)
     results: dict[str, Any] = {}
     checkpoints = list(_checkpoints(context))
-    tasks = KOBEST_TASKS if config.kobest is not None else ()
+    tasks = {}
+    if config.kobest is not None:
+        tasks = {task: read_task(Path(config.kobest), task, config.kobest_split) for task in KOBEST_TASKS}
     with Progress("eval", len(checkpoints) * (len(heldout) + len(tasks)), " sets") as progress:
         for name, model_folder, tokenizer in checkpoints:
             model = context.load(model_folder, tokenizer)
@@ -76,9 +78,7 @@ def run_eval(context: Context, folder: Path) -> StepResult:
                 result = evaluate_text(model, tokenizer, texts, window=config.window, batch_size=config.batch_size)
                 measured["text"][domain] = msgspec.to_builtins(result)
                 progress.update(1, checkpoint=name)
-            for task in tasks:
-                assert config.kobest is not None
-                items = read_task(Path(config.kobest), task, config.kobest_split)
+            for task, items in tasks.items():
                 scores = log_likelihoods(model, tokenizer, items, max_tokens=config.batch_size * config.window)
                 measured["kobest"][task] = msgspec.to_builtins(score(items, scores, task=task))
                 progress.update(1, checkpoint=name)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
 
 from ...model import save_model
 from ..batches import PackedSequences
-from ..errors import ShardError
 from ..progress import scaled
 from ..run_folder import StepResult
 from ..shards import TokenShards
@@ -52,8 +50,8 @@ def _first_sequence(context: Context, index: int) -> int:
     """Sequences that the stages before `index` use up: every stage goes on in the data where the last one ended."""
     config = context.recipe.train
     assert config is not None
-    per_step = config.batch_size * config.sequence_length
-    return sum(math.ceil(stage.tokens / per_step) * config.batch_size for stage in config.stages[:index])
+    steps = (stage.steps(config.batch_size, config.sequence_length) for stage in config.stages[:index])
+    return sum(steps) * config.batch_size
 
 
 def run_stage(context: Context, index: int, folder: Path) -> StepResult:
@@ -96,7 +94,4 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
 def _validation(pack: Path, tokenizer_sha256: str) -> TokenShards | None:
     if not any(pack.glob("validation-*.json")):
         return None
-    shards = TokenShards.open(pack, "validation", tokenizer_sha256=tokenizer_sha256)
-    if shards.tokens == 0:
-        raise ShardError(f"{pack} has validation shards without tokens; raise filter.validation_fraction")
-    return shards
+    return TokenShards.open(pack, "validation", tokenizer_sha256=tokenizer_sha256)
