@@ -1,19 +1,26 @@
 """Operations of the model's hot path, one file each, usable without the rest of the engine.
 
-Every function here is plain PyTorch with a hand-written backward that saves only what it needs.
-The package imports torch and nothing else of the project.
+Each has Triton kernels, a plain PyTorch reference beside them, and a hand-written backward that saves only what it
+needs. Which of the two runs is a matter of `set_kernel_backend`, or of each call's `backend`. The package imports torch,
+Triton where it is installed, and nothing else of the project.
 """
 
+from .backend import Backend, kernel_backend, set_kernel_backend
 from .linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-from .rms_norm import rms_norm
+from .rms_norm import RMSNorm, add_rms_norm, rms_norm
 from .rope import apply_rope, rope_cos_sin
 from .swiglu import swiglu
 
 __all__ = [
+    "Backend",
     "LinearCrossEntropyOutput",
+    "RMSNorm",
+    "add_rms_norm",
     "apply_rope",
+    "kernel_backend",
     "linear_cross_entropy",
     "rms_norm",
     "rope_cos_sin",
+    "set_kernel_backend",
     "swiglu",
 ]

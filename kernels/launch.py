@@ -1,0 +1,130 @@
+"""How every Triton kernel here is started, and how the starters become operators that `torch.compile` knows.
+
+Triton is optional at import: where it is missing, the kernels are placeholders that nothing can start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+
+    TRITON_INSTALLED = True
+else:
+    try:
+        import triton
+        import triton.language as tl
+
+        TRITON_INSTALLED = True
+    except ImportError:
+
+        class _Absent:
+            """Stands for Triton's modules and all they hold, so that decorated kernels can be defined."""
+
+            def __getattr__(self, name: str) -> _Absent:
+                return self
+
+            def __call__(self, *args: object, **kwargs: object) -> _Absent:
+                return self
+
+        triton = tl = _Absent()
+        TRITON_INSTALLED = False
+
+INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on the CPU and slowly; decided when kernels are defined."""
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""(kernel, grid, arguments, constants and options) of one start."""
+
+_captured: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on the device of its first tensor argument; inside `captured_launches`, only write that down.
+
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        grid: programs along each axis; with none along one, nothing starts.
+        args: the kernel's arguments in order.
+        options: its constants by name, and `num_warps` and `num_stages`.
+    """
+    if 0 in grid:
+        return
+    # Stated, because Triton 3.10 changes the default: multiplications and additions may be fused.
+    options.setdefault("enable_fp_fusion", True)
+    if _captured is not None:
+        _captured.append((kernel, grid, args, options))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton starts kernels on the current device, whatever the tensors' is
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def captured_launches() -> Iterator[list[Launch]]:
+    """Collect what would start instead of starting it: for compiling ahead of time with tensors on `meta`."""
+    global _captured  # noqa: PLW0603
+    previous, launches = _captured, []
+    _captured = launches
+    try:
+        yield launches
+    finally:
+        _captured = previous
+
+
+def capturing() -> bool:
+    """Whether `captured_launches` is in effect."""
+    return _captured is not None
+
+
+def kernel_op(*, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Make a function that starts kernels the operator `redwhale::NAME`, opaque to `torch.compile`.
+
+    Args:
+        fake: takes the same arguments and returns empty tensors of the results' shapes, dtypes and strides.
+        mutates_args: names of the arguments that it writes to.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        # getattr, because a function's type does not promise a name.
+        name = getattr(function, "__name__")  # noqa: B009
+        operator = torch.library.custom_op(f"redwhale::{name}", function, mutates_args=mutates_args)
+        operator.register_fake(fake)
+
+        def call(*args: Any) -> Any:
+            # Operators answer tensors on meta with their fake; the kernels are wanted.
+            return function(*args) if capturing() else operator(*args)
+
+        call.__name__, call.__doc__ = name, function.__doc__
+        return call
+
+    return decorate
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; those of an H100 for `meta`; few on a CPU, where programs run in turn."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 132 if tensor.is_meta else 3
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` [..., C] as [rows, C] with entries of a row next to each other; copied only where strides forbid a view."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
