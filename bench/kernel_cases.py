@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redwhale.kernels.dropout import dropout_seed, seeded_dropout
 from redwhale.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -64,3 +65,10 @@ def _add_rms_norm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> R
     weight = random(shapes.hidden, device=device, dtype=dtype, grad=False)
     upstream = random(shapes.tokens, shapes.hidden, device=device, dtype=dtype, grad=False)
     return lambda: torch.autograd.backward(add_rms_norm(x, residual, weight, backend="triton"), (upstream, upstream))
+
+
+@case("seeded_dropout")
+def _seeded_dropout(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Run:
+    x = random(shapes.tokens, shapes.hidden, device=device, dtype=dtype)
+    seed = dropout_seed(device)
+    return lambda: seeded_dropout(x, seed, 0.05, backend="triton").backward(x.detach())

@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time, with no GPU, and list what it takes of a multiprocessor.
 
 The starts are those that the operations make at the shapes of SOLAR-10.7B in bf16, with their own constants and
-options. Writes registers a thread, shared memory a program, bytes spilled to local memory, and which matrix instructions
-are used.
+options. Writes registers a thread, shared memory a program, bytes spilled to local memory, and which matrix
+instructions are used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compiled_launches(name: str, capability: int) -> Iterator[dict[str, Any]]:
     """Resources of each different kernel that one operation starts, forward and backward."""
     import triton
 
-    with captured_launches() as launches:
+    with captured_launches(capability) as launches:
         CASES[name](SOLAR, torch.device("meta"), torch.bfloat16)()
     triton.runtime.driver.set_active(OfflineDriver(capability))
     seen = set()

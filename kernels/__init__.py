@@ -1,8 +1,8 @@
 """Operations of the model's hot path, one file each, usable without the rest of the engine.
 
 Each has Triton kernels, a plain PyTorch reference beside them, and a hand-written backward that saves only what it
-needs. Which of the two runs is a matter of `set_kernel_backend`, or of each call's `backend`. The package imports torch,
-Triton where it is installed, and nothing else of the project.
+needs. Which of the two runs is a matter of `set_kernel_backend`, or of each call's `backend`. The package imports
+torch, Triton where it is installed, and nothing else of the project.
 """
 
 from .backend import Backend, kernel_backend, set_kernel_backend

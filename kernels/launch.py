@@ -45,6 +45,7 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 """(kernel, grid, arguments, constants and options) of one start."""
 
 _captured: list[Launch] | None = None
+_captured_capability = 90
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -72,15 +73,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextlib.contextmanager
-def captured_launches() -> Iterator[list[Launch]]:
-    """Collect what would start instead of starting it: for compiling ahead of time with tensors on `meta`."""
-    global _captured  # noqa: PLW0603
-    previous, launches = _captured, []
-    _captured = launches
+def captured_launches(capability: int = 90) -> Iterator[list[Launch]]:
+    """Collect what would start instead of starting it: for compiling ahead of time with tensors on `meta`.
+
+    Args:
+        capability: what `compute_capability` says meanwhile.
+    """
+    global _captured, _captured_capability
+    previous, launches = (_captured, _captured_capability), []
+    _captured, _captured_capability = launches, capability
     try:
         yield launches
     finally:
-        _captured = previous
+        _captured, _captured_capability = previous
 
 
 def capturing() -> bool:
@@ -117,6 +122,14 @@ def multiprocessors(tensor: Tensor) -> int:
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return 132 if tensor.is_meta else 3
+
+
+def compute_capability(tensor: Tensor) -> int:
+    """Of the tensor's GPU, such as 80 (Ampere), 90 (Hopper) or 100 (Blackwell): what block sizes depend on."""
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    return _captured_capability
 
 
 def next_power_of_2(value: int) -> int:

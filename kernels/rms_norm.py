@@ -1,8 +1,8 @@
 """Root-mean-square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), alone or behind a residual addition.
 
-y = weight · x / sqrt(mean(x²) + eps). Memory-bound: forward reads one value an entry and writes one (with the addition two
-and two), backward reads two and writes one (with the addition three and one), at about 5 FLOPs a value. The weight's
-gradient is summed in registers, one row of H fp32 numbers a program.
+y = weight · x / sqrt(mean(x²) + eps). Memory-bound: forward reads one value an entry and writes one (with the addition
+two and two), backward reads two and writes one (with the addition three and one), at about 5 FLOPs a value. The
+weight's gradient is summed in registers, one row of H fp32 numbers a program.
 """
 
 from __future__ import annotations
