@@ -15,22 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import LinearCrossEntropyOutput, apply_rope, linear_cross_entropy, rms_norm, rope_cos_sin, swiglu
+from ..kernels import (
+    Embedding,
+    LinearCrossEntropyOutput,
+    RMSNorm,
+    apply_rope,
+    linear_cross_entropy,
+    rope_cos_sin,
+    swiglu,
+)
 from .attention import PackedDocuments, packed_attention
 from .config import ModelConfig
 from .kv_cache import KeyValueCache
-
-
-class RMSNorm(nn.Module):
-    """y = weight · x / sqrt(mean(x²) + eps) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -55,8 +51,8 @@ class Attention(nn.Module):
     def forward(
         self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
     ) -> Tensor:
-        q_NQD = apply_rope(self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        k_NKD = apply_rope(self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        q_NQD = apply_rope(self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
+        k_NKD = apply_rope(self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
         v_NKD = self.v_proj(x_NH).unflatten(-1, (-1, self.head_dim))
         if cache is not None:
             out_NQD = cache.attend(self.layer, q_NQD, k_NKD, v_NKD, self.sliding_window)
@@ -101,7 +97,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary_rows: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(vocabulary_rows, config.hidden_size)
+        self.embed_tokens = Embedding(vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_layers = False

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import apply_rope
+from ..kernels import Embedding, apply_rope
 from .attention import PackedDocuments, packed_attention
 from .config import ModelConfig
 from .kv_cache import KeyValueCache
@@ -84,7 +84,7 @@ class PhiDecoder(Decoder):
     def __init__(self, config: ModelConfig, vocabulary_rows: int) -> None:
         nn.Module.__init__(self)
         self.config = config
-        self.embed_tokens = nn.Embedding(vocabulary_rows, config.hidden_size)
+        self.embed_tokens = Embedding(vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(PhiLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_layers = False
