@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "bench" / "results"
-_PACKAGES = ("redwhale", "torch", "sentencepiece", "numpy", "pyarrow", "tokenizers", "transformers")
+_PACKAGES = (
+    *("redwhale", "torch", "triton", "sentencepiece", "numpy", "pyarrow", "tokenizers", "transformers"),
+    *("peft", "liger-kernel", "cut-cross-entropy", "bitsandbytes"),
+)
 
 
 def machine() -> dict[str, Any]:

@@ -5,28 +5,42 @@ needs. Which of the two runs is a matter of `set_kernel_backend`, or of each cal
 torch, Triton where it is installed, and nothing else of the project.
 """
 
+from .adamw_8bit import AdamW8bit
 from .backend import Backend, kernel_backend, set_kernel_backend
+from .dropout import dropout_seed, seeded_dropout
 from .embedding import Embedding, embedding
-from .linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+from .linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropyOutput, linear_cross_entropy
+from .lora_linear import LoRALinear, LoRAWeights, lora_linear, lora_linears
+from .lora_mlp import lora_mlp
 from .rms_norm import RMSNorm, add_rms_norm, rms_norm
 from .rope import RotaryEmbedding, apply_rope, rope_cos_sin
 from .row_range import row_range
-from .swiglu import swiglu
+from .swiglu import SwiGLU, swiglu
 
 __all__ = [
+    "AdamW8bit",
     "Backend",
     "Embedding",
+    "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
+    "LoRALinear",
+    "LoRAWeights",
     "RMSNorm",
     "RotaryEmbedding",
+    "SwiGLU",
     "add_rms_norm",
     "apply_rope",
+    "dropout_seed",
     "embedding",
     "kernel_backend",
     "linear_cross_entropy",
+    "lora_linear",
+    "lora_linears",
+    "lora_mlp",
     "rms_norm",
     "rope_cos_sin",
     "row_range",
+    "seeded_dropout",
     "set_kernel_backend",
     "swiglu",
 ]

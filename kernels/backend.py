@@ -28,6 +28,11 @@ def set_kernel_backend(backend: Backend) -> None:
     _backend = _checked(backend)
 
 
+def current_backend() -> Backend:
+    """The choice of `set_kernel_backend`."""
+    return _backend
+
+
 @contextlib.contextmanager
 def kernel_backend(backend: Backend) -> Iterator[None]:
     """`set_kernel_backend` for the length of a `with` block; backward passes inside it are meant, too."""

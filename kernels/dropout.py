@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .launch import kernel_op, launch, rows_of, tl, triton
+from .launch import ceil_div, kernel_op, launch, rows_of, tl, triton
 
 _ROUNDS = 7  # the fewest that pass all statistical tests of the paper
 
 
-def dropout_seed(device: torch.device) -> Tensor:
-    """[1] int64 below 2^31, drawn from torch's generator of `device`: recomputation and resuming draw the same."""
-    return torch.randint(2**31 - 1, (1,), device=device)
+def dropout_seed(device: torch.device, count: int = 1) -> Tensor:
+    """[count] int64 below 2^31, drawn from torch's generator of `device`: recomputation and resuming draw the same."""
+    return torch.randint(2**31 - 1, (count,), device=device)
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def keep_mask(seed, rows, columns, threshold):
     # Everything in 32 bits: rows stay below 2^31 even where their offsets do not.
     zero = (rows * 0 + columns * 0).to(tl.uint32)
     column_words, row_words = zero + columns.to(tl.uint32), zero + rows.to(tl.uint32)
-    words, _, _, _ = tl.philox(seed, column_words, row_words, zero, zero, n_rounds=7)  # pyright: ignore[reportArgumentType]
+    words, _, _, _ = tl.philox(seed, column_words, row_words, zero, zero, n_rounds=7)  # type: ignore
     return words >= threshold
 
 
@@ -57,7 +57,7 @@ def masked_scale(x: Tensor, seed: Tensor, p: float) -> Tensor:
     y = x.new_empty(x.shape)
     x_rows = rows_of(x)
     rows, columns = x_rows.shape
-    grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 512))
+    grid = (ceil_div(rows, 4), ceil_div(columns, 512))
     args = (x_rows, y, seed, x_rows.stride(0), rows, columns, keep_threshold(p), 1 / (1 - p))
     launch(_dropout, grid, *args, BLOCK_ROWS=4, BLOCK=512, num_warps=4)
     return y

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .launch import kernel_op, launch, next_power_of_2, rows_of, tl, triton
+from .launch import ceil_div, kernel_op, launch, next_power_of_2, rows_of, tl, triton
 from .row_range import check_row_range
 
 
@@ -49,7 +49,7 @@ def _start(input_ids: Tensor, upstream: Tensor, first_row: int, gradient: Tensor
     columns, upstream_rows = gradient.shape[1], rows_of(upstream)
     block = min(512, next_power_of_2(columns))
     launch(
-        *(_embedding_backward, (len(gradient), triton.cdiv(columns, block))),
+        *(_embedding_backward, (len(gradient), ceil_div(columns, block))),
         *(upstream_rows, order, starts, gradient, upstream_rows.stride(0), gradient.stride(0), columns),
         ADD=add,
         BLOCK_TOKENS=8,

@@ -132,6 +132,11 @@ def compute_capability(tensor: Tensor) -> int:
     return _captured_capability
 
 
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that cover `size`."""
+    return -(-size // block)
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << max(0, value - 1).bit_length()

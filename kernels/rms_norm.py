@@ -121,7 +121,9 @@ def rms_norm_backward(
     return grad_x, partial.sum(0).to(weight.dtype) if weight_grad else weight.new_empty(0)
 
 
-def _torch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def torch_rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     total = x if residual is None else x + residual
     x_fp32 = total.float()
     rstd = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
@@ -130,7 +132,7 @@ def _torch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     return weight * (x_fp32 * rstd).to(x.dtype), total, rstd.squeeze(-1)
 
 
-def _torch_backward(
+def torch_rms_norm_backward(
     grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     normalised = x.float() * rstd[..., None]
@@ -147,7 +149,7 @@ def _torch_backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, triton_kernels: bool) -> Tensor:
-        forward = rms_norm_forward if triton_kernels else _torch_forward
+        forward = rms_norm_forward if triton_kernels else torch_rms_norm_forward
         y, _, rstd = forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.triton_kernels = triton_kernels
@@ -156,7 +158,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        backward = rms_norm_backward if ctx.triton_kernels else _torch_backward
+        backward = rms_norm_backward if ctx.triton_kernels else torch_rms_norm_backward
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = backward(grads[0], None, x, weight, rstd, ctx.needs_input_grad[1])
         return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None, None
@@ -165,7 +167,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float, triton_kernels: bool):
-        forward = rms_norm_forward if triton_kernels else _torch_forward
+        forward = rms_norm_forward if triton_kernels else torch_rms_norm_forward
         y, total, rstd = forward(x, residual, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         ctx.triton_kernels = triton_kernels
@@ -175,13 +177,13 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         grad_y, grad_total = grads
-        backward = rms_norm_backward if ctx.triton_kernels else _torch_backward
+        backward = rms_norm_backward if ctx.triton_kernels else torch_rms_norm_backward
         total, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = backward(grad_y, grad_total, total, weight, rstd, ctx.needs_input_grad[2])
         return grad_x, grad_x, grad_weight if ctx.needs_input_grad[2] else None, None, None
 
 
-def _chosen(backend: Backend | None, *tensors: Tensor) -> bool:
+def norm_takes_triton(backend: Backend | None, *tensors: Tensor) -> bool:
     columns = tensors[0].shape[-1]
     chosen = use_triton(backend, *tensors)
     if chosen and columns > _MOST_COLUMNS:
@@ -205,7 +207,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: Backend |
     Returns:
         [..., H] in the dtype of `x`. Backward keeps `x` and one fp32 number a row.
     """
-    return _RMSNorm.apply(x, weight, eps, _chosen(backend, x, weight))  # type: ignore[return-value]
+    return _RMSNorm.apply(x, weight, eps, norm_takes_triton(backend, x, weight))  # type: ignore[return-value]
 
 
 def add_rms_norm(
@@ -223,7 +225,7 @@ def add_rms_norm(
     Returns:
         (normalised sum, sum), each [..., H] in the dtype of `x`. Backward keeps the sum and one fp32 number a row.
     """
-    chosen = _chosen(backend, x, residual, weight)
+    chosen = norm_takes_triton(backend, x, residual, weight)
     return _AddRMSNorm.apply(x, residual, weight, eps, chosen)  # type: ignore[return-value]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .launch import kernel_op, launch, next_power_of_2, tl, triton
+from .launch import ceil_div, kernel_op, launch, next_power_of_2, tl, triton
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _start(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, opposite: bool) -> No
     block = next_power_of_2(dimension // 2)
     block_heads = min(next_power_of_2(heads), max(1, 4096 // block))
     launch(
-        *(_rope, (tokens, triton.cdiv(heads, block_heads)), x, y, cos, sin, heads, dimension // 2),
+        *(_rope, (tokens, ceil_div(heads, block_heads)), x, y, cos, sin, heads, dimension // 2),
         *(x.stride(0), x.stride(1), y.stride(0), y.stride(1), cos.stride(0)),
         OPPOSITE=opposite,
         BLOCK_HEADS=block_heads,

@@ -22,15 +22,15 @@ from ..kernels import (
     apply_rope,
     linear_cross_entropy,
     rope_cos_sin,
-    swiglu,
 )
 from .attention import PackedDocuments, packed_attention
 from .config import ModelConfig
 from .kv_cache import KeyValueCache
+from .projections import gated_mlp, project
 
 
 class Attention(nn.Module):
-    """softmax(R(q)·R(k)ᵀ / √D + mask) · v per head, then the output projection.
+    """softmax(R(q)·R(k)ᵀ / √D + mask) · v per head of the normalised input, then the output projection.
 
     Scaled dot products from Vaswani et al. 2017 (arXiv 1706.03762); R turns each query and key by its position (RoPE,
     Su et al. 2021, 2104.09864); Q/K query heads share a key/value head (Ainslie et al. 2023, 2305.13245); the mask is
@@ -49,11 +49,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=config.output_bias)
 
     def forward(
-        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
+        self,
+        x_NH: Tensor,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        documents: PackedDocuments,
+        cache: KeyValueCache | None,
     ) -> Tensor:
-        q_NQD = apply_rope(self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
-        k_NKD = apply_rope(self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
-        v_NKD = self.v_proj(x_NH).unflatten(-1, (-1, self.head_dim))
+        q, k, v = project(x_NH, norm, (self.q_proj, self.k_proj, self.v_proj))
+        q_NQD = apply_rope(q.unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
+        k_NKD = apply_rope(k.unflatten(-1, (-1, self.head_dim)), cos, sin, inplace=True)
+        v_NKD = v.unflatten(-1, (-1, self.head_dim))
         if cache is not None:
             out_NQD = cache.attend(self.layer, q_NQD, k_NKD, v_NKD, self.sliding_window)
         else:
@@ -62,7 +69,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)), SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """down(silu(gate(x)) · up(x)) of the normalised input x, SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,8 +77,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_NH: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_NH), self.up_proj(x_NH)))
+    def forward(self, x_NH: Tensor, norm: RMSNorm) -> Tensor:
+        return gated_mlp(x_NH, norm, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class DecoderLayer(nn.Module):
@@ -87,8 +94,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
     ) -> Tensor:
-        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), cos, sin, documents, cache)
-        return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+        x_NH = x_NH + self.self_attn(x_NH, self.input_layernorm, cos, sin, documents, cache)
+        return x_NH + self.mlp(x_NH, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..kernels.lora_linear import LoRALinear
 from .errors import CheckpointError
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven projections of a Llama decoder layer."""
 ADAPTABLE_LAYERS = (*LINEAR_LAYERS, "dense", "fc1", "fc2")
 """Those, and what Phi-2's layers call theirs."""
-
-
-class LoRALinear(nn.Linear):
-    """y = x·Wᵀ + scale·(dropout(x)·Aᵀ)·Bᵀ with W as in the layer it replaces, A [r, in] and B [out, r].
-
-    scale is alpha/r, or alpha/√r with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the
-    layer starts as the one it replaces. W keeps its name, `weight`. Dropout follows `train()` and `eval()`, and
-    draws from torch's generators.
-    """
-
-    def __init__(
-        self,
-        base: nn.Linear,
-        r: int,
-        alpha: float,
-        generator: torch.Generator | None = None,
-        *,
-        dropout: float = 0.0,
-        rslora: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.train(base.training)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)
-        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
-        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        bound = 1.0 / math.sqrt(base.in_features)  # Kaiming uniform with a = √5, as in the paper's code
-        values = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(values.to(**like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
-
-    def forward(self, input: Tensor) -> Tensor:
-        kept = nn.functional.dropout(input, self.dropout, self.training) if self.dropout else input
-        return super().forward(input) + ((kept @ self.lora_A.T) @ self.lora_B.T) * self.scale
-
-    def merged_weight(self) -> Tensor:
-        """W + scale·B·A, computed in fp32 and rounded once to the dtype of W."""
-        delta = self.lora_B.detach().float() @ self.lora_A.detach().float()
-        return (self.weight.detach().float() + self.scale * delta).to(self.weight.dtype)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -95,9 +95,15 @@ def test_the_model_guides_program_loads_a_padded_model(quickstart):
     assert (model.config.vocab_size, model.lm_head.out_features) == (97, 128)
 
 
+def test_the_python_of_the_kernels_runs_and_leaves_the_old_rows_alone():
+    namespace = execute(DOCS / "kernels.md")
+    assert [tuple(namespace[name].shape) for name in "qkvy"] == [(10, 32), (10, 16), (10, 16), (10, 32)]
+    assert namespace["new_embed"].grad is None
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_no_python_is_left_out(document):
-    executed = {README, DOCS / "token-shards.md", DOCS / "embedding.md", DOCS / "models.md"}
+    executed = {README, *(DOCS / f"{name}.md" for name in ("token-shards", "embedding", "kernels", "models"))}
     assert document in executed or not blocks(document, "python")
 
 

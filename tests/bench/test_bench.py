@@ -13,7 +13,7 @@ import pytest
 
 PROJECT = Path(__file__).parents[2]
 BENCH = PROJECT / "bench"
-SCRIPTS = sorted(path for path in BENCH.glob("*.py") if path.name != "common.py")
+SCRIPTS = sorted(path for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 RESULTS = sorted((BENCH / "results").glob("*.json"))
 LOG = PROJECT / "docs" / "log.md"
 

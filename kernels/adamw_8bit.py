@@ -1,0 +1,555 @@
+"""AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with moments in 8 bits and exact masters of bf16 weights.
+
+With g the gradient, m = β₁·m + (1 − β₁)·g and v = β₂·v + (1 − β₂)·g²; weights lose lr·(weight_decay·w + m / (1 − β₁ᵗ)
+/ (sqrt(v / (1 − β₂ᵗ)) + eps)), with the m and v of this step, before they are rounded. Kept between steps are codes
+of m and of r = sqrt(v), one byte each with one exponent for 256 entries (`minifloat`; keeping optimizer states in 8
+bits by block is from Dettmers et al. 2021, arXiv 2110.02861): 1 + 3 + 4 bits for m, 3 + 5 for r. A positive r never
+becomes 0, because m is divided by it.
+
+Rounding has to be unbiased. In a step r loses at most 1 − sqrt(β₂) of itself, 0.05% for β₂ = 0.999, while codes lie
+1.6% to 3.1% apart: rounded to nearest, r could never fall. Dithered, it follows v. The noise this adds to a step is
+3% to 4% of its length from m and 3% to 6% from r (bench/adamw_8bit.py).
+
+A bf16 weight is the upper half of an fp32 master, rounded to nearest, ties away from zero. 16 more bits keep what
+that rounding took away, so that together they are the master, exactly: `masters="split"`. With `masters="stochastic"`
+there is none, and the weights are what the dither rounds.
+
+All results are a function of the inputs, the seed, the tensor's number, its step and the entry: training resumes with
+the same bits, and both backends compute the same ones, for which multiplications and additions are not fused. A
+gradient that is not finite makes its weight NaN or infinite in the same step, and the 256 weights of its block NaN in
+the next, until the state is replaced; a gradient above 10^19, whose square overflows, leaves its weight alone in the
+same step and does the like in the next.
+
+Memory-bound: of each entry weight, low half and two codes are read and written, and the gradient is read, 14 bytes
+with fp32 gradients and 14 with bf16, where fp32 moments and masters take 30 and 28 with the bf16 weight's write. The
+state is 2.01 bytes beside the bf16 weight, 4.01 with low halves, against 12. About 20 FLOPs and 100 integer
+operations an entry hide behind that. One launch updates all tensors of the same dtypes; each program finds its
+tensor's addresses in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .backend import Backend, use_triton
+from .launch import kernel_op, launch, tl, triton
+from .minifloat import (
+    BLOCK,
+    dither_of,
+    minifloat_decode,
+    minifloat_encode,
+    random_words,
+    torch_decode,
+    torch_dither,
+    torch_encode,
+    torch_random_words,
+)
+
+Masters = Literal["split", "stochastic"]
+_FIRST = (3, 4)
+"""Exponent and mantissa bits of the codes of m."""
+_ROOT = (3, 5)
+"""Of the codes of sqrt(v)."""
+_TILE_BLOCKS = 4
+_TILE = _TILE_BLOCKS * BLOCK
+"""Entries that a program updates."""
+_CHUNK = 2**20
+"""Entries that the PyTorch backend updates at a time: they take about 100 bytes each meanwhile."""
+_NAN = 0x7FC00000
+
+
+class MomentCodes(NamedTuple):
+    """What is kept of one tensor of n entries between steps; zeros before the first."""
+
+    first: Tensor
+    """uint8 [n]: codes of the first moment m."""
+    first_exponents: Tensor
+    """uint8 [ceil(n / 256)]"""
+    root: Tensor
+    """uint8 [n]: codes of sqrt(v), v being the second moment."""
+    root_exponents: Tensor
+    """uint8 [ceil(n / 256)]"""
+    low: Tensor
+    """int16 [n], or [0] without masters: the fp32 master's bits less the weight's, which are the upper half of 32."""
+
+    @classmethod
+    def zeros(cls, param: Tensor, masters: Masters = "split") -> MomentCodes:
+        """Those of `param` before its first step."""
+        entries, blocks = param.numel(), -(-param.numel() // BLOCK)
+        kept_low = entries if masters == "split" and param.dtype == torch.bfloat16 else 0
+        new = {"dtype": torch.uint8, "device": param.device}
+        return cls(
+            torch.zeros(entries, **new),
+            torch.full((blocks,), 1, **new),
+            torch.zeros(entries, **new),
+            torch.full((blocks,), 1, **new),
+            torch.zeros(kept_low, dtype=torch.int16, device=param.device),
+        )
+
+
+class AdamWSettings(NamedTuple):
+    """Of one tensor in one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    """From 1."""
+    seed: int
+    """Of the dither, from 0 to 2^63 − 1."""
+    number: int
+    """Of the tensor, below 2^32: tensors with the same seed and number are dithered alike."""
+
+    def factors(self) -> tuple[float, ...]:
+        """β₁, 1 − β₁, β₂, 1 − β₂, lr·weight_decay, lr / (1 − β₁ᵗ), 1 / sqrt(1 − β₂ᵗ), eps: what the kernels read."""
+        return (
+            *(self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr * self.weight_decay),
+            *(self.lr / (1 - self.beta1**self.step), (1 - self.beta2**self.step) ** -0.5, self.eps),
+        )
+
+
+@triton.jit
+def _load(pointers, inside, WHOLE: tl.constexpr):
+    return tl.load(pointers) if WHOLE else tl.load(pointers, inside, other=0)
+
+
+@triton.jit
+def _store(pointers, values, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, inside)
+
+
+@triton.jit
+def _entries_at(column, start, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    """Pointer to entry `start` of the tensor whose address is in the table at `column`."""
+    first = tl.load(column).to(tl.pointer_type(KIND))  # pyright: ignore[reportArgumentType]
+    # Without alignment stated, every entry would be a memory access of its own.
+    return (tl.multiple_of(first, 16) if WHOLE else first) + start
+
+
+@triton.jit
+def _update_tile(
+    row, factors, scale, start, entries,
+    FP32_WEIGHTS: tl.constexpr, MASTERS: tl.constexpr, FP32_GRADS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    WHOLE: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Update the entries of K blocks from `start`: all of them and with aligned accesses if WHOLE."""
+    block = tl.arange(0, K)[:, None]
+    entry = block * 256 + tl.arange(0, 256)[None, :]
+    inside, blocks_inside = start + entry < entries, start + block * 256 < entries
+
+    grads = _entries_at(row + 1, start, tl.float32 if FP32_GRADS else tl.bfloat16, WHOLE) + entry
+    grad = _load(grads, inside, WHOLE).to(tl.float32)
+    if HAS_SCALE:
+        grad = grad * tl.load(scale)
+    if FP32_WEIGHTS:
+        weights = _entries_at(row, start, tl.float32, WHOLE) + entry
+        weight = _load(weights, inside, WHOLE)
+    else:
+        weights = _entries_at(row, start, tl.int16, WHOLE) + entry
+        weight = _load(weights, inside, WHOLE).to(tl.int32) << 16
+        if MASTERS:
+            lows = _entries_at(row + 2, start, tl.int16, WHOLE) + entry
+            weight += _load(lows, inside, WHOLE).to(tl.int32)
+        weight = weight.to(tl.float32, bitcast=True)
+
+    first_codes = _entries_at(row + 3, start, tl.uint8, WHOLE) + entry
+    first_exponents = _entries_at(row + 4, start // 256, tl.uint8, False) + block
+    root_codes = _entries_at(row + 5, start, tl.uint8, WHOLE) + entry
+    root_exponents = _entries_at(row + 6, start // 256, tl.uint8, False) + block
+    first = minifloat_decode(
+        _load(first_codes, inside, WHOLE),
+        _load(first_exponents, blocks_inside, WHOLE),
+        EXPONENT_BITS=3,
+        MANTISSA_BITS=4,
+    )
+    root = minifloat_decode(
+        _load(root_codes, inside, WHOLE), _load(root_exponents, blocks_inside, WHOLE), EXPONENT_BITS=3, MANTISSA_BITS=5
+    )
+
+    first = tl.load(factors) * first + tl.load(factors + 1) * grad
+    root = tl.sqrt_rn(tl.load(factors + 2) * (root * root) + tl.load(factors + 3) * (grad * grad))
+    denominator = root * tl.load(factors + 6) + tl.load(factors + 7)
+    change = tl.load(factors + 4) * weight + tl.div_rn(tl.load(factors + 5) * first, denominator)
+    weight = weight - change
+
+    step, number, seed = tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    if FP32_WEIGHTS:
+        _store(weights, weight, inside, WHOLE)
+    else:
+        # A GPU's NaN has all mantissa bits set, and would be rounded up to -0.
+        bits = weight.to(tl.int32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        if MASTERS:
+            high = (bits + 0x8000) >> 16
+            _store(lows, (bits - (high << 16)).to(tl.int16), inside, WHOLE)
+        else:
+            dither = dither_of(random_words(seed, number, start, 1, K), step)
+            high = (bits + (dither >> 16).to(tl.int32)) >> 16
+        _store(weights, high.to(tl.int16), inside, WHOLE)
+
+    words = random_words(seed, number, start, 0, K)
+    codes, exponents = minifloat_encode(first, dither_of(words << 16, step), EXPONENT_BITS=3, MANTISSA_BITS=4)
+    _store(first_codes, codes, inside, WHOLE)
+    _store(first_exponents, exponents, blocks_inside, WHOLE)
+    codes, exponents = minifloat_encode(root, dither_of(words, step), EXPONENT_BITS=3, MANTISSA_BITS=5)
+    _store(root_codes, codes, inside, WHOLE)
+    _store(root_exponents, exponents, blocks_inside, WHOLE)
+
+
+@triton.jit
+def _adamw_8bit(
+    table, factors, owners, scale,
+    FP32_WEIGHTS: tl.constexpr, MASTERS: tl.constexpr, FP32_GRADS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + program).to(tl.int64)
+    row = table + owner * 12
+    factors += owner * 8
+    entries = tl.load(row + 7)
+    start = (program - tl.load(row + 8)) * (K * 256)
+    bits = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 5)
+    if (start + K * 256 <= entries) & ((bits & 15) == 0):
+        _update_tile(
+            row, factors, scale, start, entries, FP32_WEIGHTS, MASTERS, FP32_GRADS, HAS_SCALE, WHOLE=True, K=K
+        )  # fmt: skip
+    else:
+        # Rare, at the ends of tensors: by the block, which keeps registers for the other case.
+        for block in range(tl.minimum((entries - start + 255) // 256, K).to(tl.int32)):
+            _update_tile(
+                row, factors, scale, start + block * 256, entries, FP32_WEIGHTS, MASTERS, FP32_GRADS, HAS_SCALE,
+                WHOLE=False, K=1
+            )  # fmt: skip
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without the host waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _fake_update(*args: Any) -> None:
+    return None
+
+
+@kernel_op(fake=_fake_update, mutates_args=("params", "first", "first_exponents", "root", "root_exponents", "low"))
+def adamw_8bit_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    first_exponents: list[Tensor],
+    root: list[Tensor],
+    root_exponents: list[Tensor],
+    low: list[Tensor],
+    factors: Tensor,
+    counters: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    kinds: dict[tuple[torch.device, bool, bool, bool], list[int]] = {}
+    for i in (i for i, param in enumerate(params) if param.numel()):
+        param = params[i]
+        kind = param.device, param.dtype == torch.float32, low[i].numel() > 0, grads[i].dtype == torch.float32
+        kinds.setdefault(kind, []).append(i)
+    addressed = (params, grads, low, first, first_exponents, root, root_exponents)
+    for (device, fp32_weights, masters, fp32_grads), members in kinds.items():
+        tiles = [-(-params[i].numel() // _TILE) for i in members]
+        # Written anew each step: gradients move, and an address that outlives its tensor corrupts memory.
+        columns = [[tensors[i].data_ptr() for i in members] for tensors in addressed]
+        columns += [[params[i].numel() for i in members], [0, *accumulate(tiles[:-1])]]
+        table = _sent(torch.cat((torch.tensor(columns).T, counters[members]), 1), device)
+        device_factors = _sent(factors[members], device)
+        owners = torch.repeat_interleave(_sent(torch.tensor(tiles, dtype=torch.int32), device), output_size=sum(tiles))
+        launch(
+            *(_adamw_8bit, (sum(tiles),)),
+            *(table, device_factors, owners),
+            device_factors if grad_scale is None else grad_scale.to(device, torch.float32),
+            FP32_WEIGHTS=fp32_weights,
+            MASTERS=masters,
+            FP32_GRADS=fp32_grads,
+            HAS_SCALE=grad_scale is not None,
+            K=_TILE_BLOCKS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def _torch_update(
+    param: Tensor, grad: Tensor, codes: MomentCodes, settings: AdamWSettings, scale: Tensor | None
+) -> None:
+    beta1, one_minus_beta1, beta2, one_minus_beta2, decay, rate, correction, eps = settings.factors()
+    weights, grads = param.view(-1), grad.view(-1)
+    for begin in range(0, param.numel(), _CHUNK):
+        part, blocks = slice(begin, begin + _CHUNK), slice(begin // BLOCK, (begin + _CHUNK) // BLOCK)
+        g, entries = grads[part].float(), len(grads[part])
+        if scale is not None:
+            g = g * scale
+        weight = _masters(weights[part], codes.low[part])
+        first = torch_decode(_blocks(codes.first[part]), codes.first_exponents[blocks, None], *_FIRST)
+        root = torch_decode(_blocks(codes.root[part]), codes.root_exponents[blocks, None], *_ROOT)
+        g = _blocks(g)
+        first = first * beta1 + g * one_minus_beta1
+        root = root * root * beta2 + g * g * one_minus_beta2
+        # On a CPU, torch's fp32 square root may be off by a bit; that of float64 rounds to the right one.
+        root = root.double().sqrt().float()
+        change = _blocks(weight) * decay + first * rate / (root * correction + eps)
+        weight = weight - change.view(-1)[:entries]
+
+        words = torch_random_words(settings.seed, settings.number, begin, first.numel(), 0, grad.device).view(-1, BLOCK)
+        for values, dither, bits, kept, exponents in (
+            (first, words << 16, _FIRST, codes.first, codes.first_exponents),
+            (root, words, _ROOT, codes.root, codes.root_exponents),
+        ):
+            new, new_exponents = torch_encode(values, torch_dither(dither, settings.step), *bits)
+            kept[part] = new.view(-1)[:entries]
+            exponents[blocks] = new_exponents.view(-1)
+
+        if param.dtype == torch.float32:
+            weights[part] = weight
+            continue
+        bits = weight.view(torch.int32).masked_fill(weight.isnan(), _NAN)
+        if len(codes.low):
+            high = (bits + 0x8000) >> 16
+            codes.low[part] = (bits - (high << 16)).to(torch.int16)
+        else:
+            words = torch_random_words(settings.seed, settings.number, begin, first.numel(), 1, grad.device)[:entries]
+            high = (bits + (torch_dither(words, settings.step) >> 16).int()) >> 16
+        weights[part] = high.to(torch.int16).view(torch.bfloat16)
+
+
+def _blocks(entries: Tensor) -> Tensor:
+    """[blocks, 256] of flat `entries`, with zeros behind the last."""
+    return nn.functional.pad(entries, (0, -len(entries) % BLOCK)).view(-1, BLOCK)
+
+
+def _masters(weights: Tensor, low: Tensor) -> Tensor:
+    """fp32 masters of flat weights: exact where there are low halves, else the weights themselves."""
+    if weights.dtype == torch.float32 or not len(low):
+        return weights.float()
+    return ((weights.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+@torch.no_grad()
+def adamw_8bit_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    codes: Sequence[MomentCodes],
+    settings: Sequence[AdamWSettings],
+    grad_scale: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """One step of AdamW on all `params`, in place; on a GPU one launch for each combination of dtypes.
+
+    Args:
+        params: contiguous, bf16 or fp32, each of fewer than 2^34 entries.
+        grads: of the params' shapes and devices, bf16 or fp32.
+        codes: of the moments, as from `MomentCodes.zeros`; overwritten. What `low` holds decides over masters.
+        settings: of each tensor.
+        grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1.
+        backend: see `Backend`; None for the global choice.
+
+    Raises:
+        TypeError: for params or gradients of other dtypes.
+        ValueError: for params that are not contiguous, gradients of other shapes or devices, settings out of range.
+    """
+    for param, grad, setting in zip(params, grads, settings, strict=True):
+        _check_param(param)
+        if grad.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"a gradient is {grad.dtype}; AdamW with 8-bit moments takes bf16 and fp32 gradients")
+        if grad.shape != param.shape or grad.device != param.device:
+            raise ValueError(
+                f"a gradient of shape {tuple(grad.shape)} on {grad.device} does not fit its parameter of shape "
+                f"{tuple(param.shape)} on {param.device}"
+            )
+        if setting.step < 1 or not 0 <= setting.number < 2**32 or not 0 <= setting.seed < 2**63:
+            raise ValueError(
+                f"step {setting.step}, seed {setting.seed} or tensor number {setting.number} is out of range"
+            )
+    if grad_scale is not None and grad_scale.numel() != 1:
+        raise ValueError(f"grad_scale has {grad_scale.numel()} entries; it is one number for all gradients")
+    grads = [grad.contiguous() for grad in grads]
+    if params and use_triton(backend, *params):
+        factors = torch.tensor([setting.factors() for setting in settings], dtype=torch.float32)
+        counters = torch.tensor([(setting.step, setting.number, setting.seed) for setting in settings])
+        detached = [param.detach() for param in params]
+        adamw_8bit_update(detached, grads, *map(list, zip(*codes, strict=True)), factors, counters, grad_scale)
+        return
+    for param, grad, kept, setting in zip(params, grads, codes, settings, strict=True):
+        _torch_update(param, grad, kept, setting, grad_scale)
+
+
+def _check_param(param: Tensor) -> None:
+    if param.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"a parameter is {param.dtype}; AdamW with 8-bit moments updates bf16 and fp32 parameters")
+    if not param.is_contiguous():
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} is not contiguous; AdamW with "
+            "8-bit moments updates contiguous memory: pass parameter.contiguous(), or whole rows of a matrix"
+        )
+    if param.numel() >= 2**34:
+        raise ValueError(f"a parameter has {param.numel()} entries; at most 2^34 - 1 have random numbers of their own")
+
+
+_STATE_NAMES = dict(
+    zip(
+        MomentCodes._fields,
+        ("exp_avg_codes", "exp_avg_exponents", "root_codes", "root_exponents", "master_low"),
+        strict=True,
+    )
+)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with moments in 8 bits and, for bf16 parameters, exact fp32 masters in 16 further bits.
+
+    Groups may differ in every option but `backend`. States appear with a parameter's first gradient, and steps without
+    one leave it as it is. A parameter's position in the groups is its number: keep their order on resuming.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        masters: Masters = "split",
+        seed: int = 0,
+        backend: Backend | None = None,
+    ) -> None:
+        """Take `params` as every optimizer of `torch.optim` does.
+
+        Args:
+            params: contiguous tensors, bf16 or fp32, or groups of them.
+            lr: step size, a number: a tensor's value would have to be waited for.
+            betas: decay of the first moment and of the second.
+            eps: added to sqrt(v).
+            weight_decay: decoupled; multiplied by `lr`.
+            masters: `split` keeps 16 more bits a bf16 weight, `stochastic` rounds the weights themselves. fp32
+                parameters have no use for either.
+            seed: of the dither, from 0 to 2^63 − 1. Kept in the groups, and with them in `state_dict`.
+            backend: see `Backend`; None for the global choice at each step.
+
+        Raises:
+            TypeError: for parameters that are neither bf16 nor fp32.
+            ValueError: for options out of range, and for parameters that are not contiguous.
+        """
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "masters": masters, "seed": seed}
+        super().__init__(params, options)
+        self.backend: Backend | None = backend
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", None)  # copies and pickles hold groups and states alone
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in `torch.optim`; its parameters are numbered behind those before it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        beta1, beta2 = group["betas"]
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"betas {group['betas']} are not in [0, 1)")
+        if min(group["lr"], group["eps"], group["weight_decay"]) < 0:
+            raise ValueError(
+                f"lr {group['lr']}, eps {group['eps']} or weight_decay {group['weight_decay']} is negative"
+            )
+        if group["masters"] not in get_args(Masters):
+            raise ValueError(f"masters {group['masters']!r} is not one of {', '.join(get_args(Masters))}")
+        if not 0 <= group["seed"] < 2**63:
+            raise ValueError(f"seed {group['seed']} is not in [0, 2^63)")
+        for param in group["params"]:
+            _check_param(param)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        gradients: Mapping[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and its gradients.
+            grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1.
+            gradients: to use instead of the parameters' `grad`, such as fp32 sums of the micro-batches of bf16
+                parameters; parameters that are not in it stay as they are.
+
+        Returns:
+            What `closure` returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params, grads, codes, settings = [], [], [], []
+        for number, group, param in self._numbered():
+            grad = param.grad if gradients is None else gradients.get(param)
+            if grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                state["step"] = 0
+                new = MomentCodes.zeros(param, group["masters"])
+                state.update((name, getattr(new, field)) for field, name in _STATE_NAMES.items())
+            state["step"] += 1
+            params.append(param)
+            grads.append(grad)
+            codes.append(MomentCodes(*(state[name] for name in _STATE_NAMES.values())))
+            settings.append(
+                AdamWSettings(
+                    *(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]),
+                    *(state["step"], group["seed"], number),
+                )
+            )
+        adamw_8bit_step_(params, grads, codes, settings, grad_scale, backend=self.backend)
+        return loss
+
+    def masters(self) -> dict[Tensor, Tensor]:
+        """By parameter, in its shape: its exact fp32 master, or where there is none the weights themselves, as fp32."""
+        nothing = torch.empty(0, dtype=torch.int16)
+        return {
+            param: _masters(param.detach().view(-1), self.state[param].get("master_low", nothing)).view(param.shape)
+            for _, _, param in self._numbered()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, bit for bit; its tensors are copied to the parameters' devices.
+
+        Raises:
+            ValueError: if the groups, the shapes of the states or the kind of masters do not fit the parameters.
+        """
+        # The base class would convert codes to the parameters' dtype; it gets the groups alone.
+        super().load_state_dict({**state_dict, "state": {}})
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, (_, group, param) in zip(indices, self._numbered(), strict=True):
+            if index not in state_dict["state"]:
+                continue
+            given = state_dict["state"][index]
+            expected = MomentCodes.zeros(param.new_empty(param.shape, device="meta"), group["masters"])
+            state: dict[str, Any] = {"step": int(given["step"])}
+            for field, name in _STATE_NAMES.items():
+                like: Tensor = getattr(expected, field)
+                if name not in given or given[name].shape != like.shape or given[name].dtype != like.dtype:
+                    found = f"{given[name].dtype} {tuple(given[name].shape)}" if name in given else "nothing"
+                    raise ValueError(
+                        f"state {name} of parameter {index} is {found}, not {like.dtype} {tuple(like.shape)}: it was "
+                        "saved for another shape, dtype or kind of masters, or by another optimizer"
+                    )
+                state[name] = given[name].to(param.device, copy=True)
+            self.state[param] = state
+
+    def _numbered(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """(number, group, parameter) of every parameter."""
+        pairs = ((group, param) for group in self.param_groups for param in group["params"])
+        return ((number, group, param) for number, (group, param) in enumerate(pairs))

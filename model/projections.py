@@ -1,0 +1,63 @@
+"""A decoder layer's linear layers, with their adapters if they have any, as the two operations of the kernels.
+
+Both take the residual stream and normalise it themselves, so that backward keeps the stream alone, which other
+operations keep anyway, and computes the normalised input again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..kernels import LoRALinear, LoRAWeights, RMSNorm, dropout_seed, lora_linears, lora_mlp, swiglu
+
+
+def _weights(layer: nn.Linear) -> LoRAWeights:
+    return layer.adapter_weights() if isinstance(layer, LoRALinear) else LoRAWeights(layer.weight, layer.bias)
+
+
+def _shared_dropout(layers: Sequence[nn.Linear]) -> float | None:
+    """Dropout of all adapters in these layers, 0 outside training; None if they differ."""
+    found = {layer.dropout for layer in layers if isinstance(layer, LoRALinear) and layer.training}
+    return None if len(found) > 1 else next(iter(found), 0.0)
+
+
+def _known(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the layers do what their class here does, and nothing that a user put in their place or around them."""
+    return all(
+        type(layer) in (nn.Linear, LoRALinear) and not layer._forward_hooks and not layer._forward_pre_hooks
+        for layer in layers
+    )
+
+
+def project(x: Tensor, norm: RMSNorm, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """`layer(norm(x))` of each layer.
+
+    Args:
+        x: [N, H]: the residual stream.
+        norm: in front of all of them.
+        layers: linear layers of H inputs.
+
+    Returns:
+        [N, O_i] each.
+    """
+    dropout = _shared_dropout(layers)
+    if dropout is None or not _known(layers):
+        normalised = norm(x)
+        return tuple(layer(normalised) for layer in layers)
+    seed = dropout_seed(x.device) if dropout else None
+    weights = [_weights(layer) for layer in layers]
+    return lora_linears(x, weights, norm_weight=norm.weight, norm_eps=norm.eps, dropout=dropout, seed=seed)
+
+
+def gated_mlp(x: Tensor, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """down(silu(gate(norm(x))) · up(norm(x))), [N, H] like the residual stream `x`."""
+    layers = (gate, up, down)
+    dropout = _shared_dropout(layers)
+    if dropout is None or not _known(layers):
+        normalised = norm(x)
+        return down(swiglu(gate(normalised), up(normalised)))
+    seed = dropout_seed(x.device, 2) if dropout else None
+    weights = [_weights(layer) for layer in layers]
+    return lora_mlp(x, *weights, norm_weight=norm.weight, norm_eps=norm.eps, dropout=dropout, seed=seed)
