@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from kernel_cases import Shapes
 from torch import Tensor, nn
 
+from redwhale.kernels.adamw_8bit import AdamW8bit
 from redwhale.kernels.embedding import embedding
 from redwhale.kernels.linear_cross_entropy import linear_cross_entropy
 from redwhale.kernels.lora_linear import LoRAWeights, lora_linears
@@ -44,6 +45,8 @@ class Operation:
     """What is timed beside them but computes less, such as the frozen layer without its adapter."""
     compiled: dict[str, Forward] = field(default_factory=dict)
     """Plain formulas, timed as they are and through torch.compile."""
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """What is called as a whole, such as a step of an optimizer, and checked by its tests alone."""
 
     def add_own(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         """Both backends of this project's function of (inputs, backend)."""
@@ -324,6 +327,40 @@ def _memory_bound(shapes: Shapes, make: Maker) -> Iterator[Operation]:
     yield operation
 
 
+def _optimizers(shapes: Shapes, make: Maker) -> Iterator[Operation]:
+    """One step on the tensors of a decoder layer, bf16 weights and fp32 gradients."""
+    hidden, keys = shapes.hidden, shapes.kv_heads * shapes.head_dim
+    sizes = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    sizes += [(shapes.feed_forward, hidden)] * 2 + [(hidden, shapes.feed_forward)] + [(hidden,)] * 2
+    params = [make.normal(*size).bfloat16() for size in sizes]
+    gradients = {param: torch.randn_like(param, dtype=torch.float32) for param in params}
+    entries = sum(param.numel() for param in params)
+    operation = Operation("adamw_8bit", Inputs(), lambda i: (), 0.0, 16.0 * entries)
+    for backend in ("triton", "torch"):
+        own = AdamW8bit([param.clone() for param in params], lr=1e-4, backend=backend)
+        given = dict(zip(own.param_groups[0]["params"], gradients.values(), strict=True))
+        operation.calls[f"redwhale {backend}"] = lambda own=own, given=given: own.step(gradients=given)
+
+    def fp32_masters() -> list[Tensor]:
+        masters = [param.float() for param in params]
+        for master, gradient in zip(masters, gradients.values(), strict=True):
+            master.grad = gradient
+        return masters
+
+    masters = fp32_masters()
+    adamw = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+    def step_and_round() -> None:
+        adamw.step()
+        torch._foreach_copy_(params, masters)
+
+    operation.calls["torch fused AdamW, fp32 masters"] = step_and_round
+    if peer_class := peer("bitsandbytes.optim", "AdamW8bit"):
+        theirs = peer_class(fp32_masters(), lr=1e-4)
+        operation.calls["bitsandbytes AdamW8bit, fp32 weights"] = theirs.step
+    yield operation
+
+
 def operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
     """All of them, one after the other, so that one's inputs are freed before the next one's are drawn."""
     make = Maker(device, dtype)
@@ -331,3 +368,4 @@ def operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iter
     yield from _lora_linears(shapes, make)
     yield from _lora_mlps(shapes, make)
     yield from _memory_bound(shapes, make)
+    yield from _optimizers(shapes, make)

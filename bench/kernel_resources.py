@@ -23,7 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 
 import torch
 from common import parser, write_result
-from kernel_cases import CASES, SOLAR
+from kernel_cases import CASES, SOLAR, Shapes
 
 from redwhale.kernels.launch import captured_launches
 
@@ -49,12 +49,12 @@ class OfflineDriver:
         return 0
 
 
-def compiled_launches(name: str, capability: int) -> Iterator[dict[str, Any]]:
+def compiled_launches(name: str, capability: int, shapes: Shapes = SOLAR) -> Iterator[dict[str, Any]]:
     """Resources of each different kernel that one operation starts, forward and backward."""
     import triton
 
     with captured_launches(capability) as launches:
-        CASES[name](SOLAR, torch.device("meta"), torch.bfloat16)()
+        CASES[name](shapes, torch.device("meta"), torch.bfloat16)()
     triton.runtime.driver.set_active(OfflineDriver(capability))
     seen = set()
     for kernel, grid, args, options in launches:

@@ -8,7 +8,7 @@ becomes 0, because m is divided by it.
 
 Rounding has to be unbiased. In a step r loses at most 1 − sqrt(β₂) of itself, 0.05% for β₂ = 0.999, while codes lie
 1.6% to 3.1% apart: rounded to nearest, r could never fall. Dithered, it follows v. The noise this adds to a step is
-3% to 4% of its length from m and 3% to 6% from r (bench/adamw_8bit.py).
+3% to 4% of its length from m, and 3% to 4% from r (bench/adamw_8bit.py).
 
 A bf16 weight is the upper half of an fp32 master, rounded to nearest, ties away from zero. 16 more bits keep what
 that rounding took away, so that together they are the master, exactly: `masters="split"`. With `masters="stochastic"`
@@ -16,15 +16,15 @@ there is none, and the weights are what the dither rounds.
 
 All results are a function of the inputs, the seed, the tensor's number, its step and the entry: training resumes with
 the same bits, and both backends compute the same ones, for which multiplications and additions are not fused. A
-gradient that is not finite makes its weight NaN or infinite in the same step, and the 256 weights of its block NaN in
-the next, until the state is replaced; a gradient above 10^19, whose square overflows, leaves its weight alone in the
-same step and does the like in the next.
+gradient that is not finite makes its weight NaN in the same step, and the 256 weights of its block in the next, until
+weights and state are replaced. A gradient above 10^19, whose square overflows, spares its weight at first and does
+the same in the next step.
 
-Memory-bound: of each entry weight, low half and two codes are read and written, and the gradient is read, 14 bytes
-with fp32 gradients and 14 with bf16, where fp32 moments and masters take 30 and 28 with the bf16 weight's write. The
-state is 2.01 bytes beside the bf16 weight, 4.01 with low halves, against 12. About 20 FLOPs and 100 integer
-operations an entry hide behind that. One launch updates all tensors of the same dtypes; each program finds its
-tensor's addresses in a table.
+Memory-bound: of each entry weight, low half and two codes are read and written, and the gradient is read, 16 bytes
+with fp32 gradients and 14 with bf16; fp32 moments and masters take 30 and 28, which includes writing the bf16 weight.
+The state is 2.01 bytes an entry beside the bf16 weight, 4.01 with low halves, against 12. About 20 FLOPs and 100
+instructions an entry hide behind that. One launch updates all tensors of the same dtypes; each program finds its
+tensor's addresses in a table. Tensors at addresses that are no multiple of 16 bytes are updated by slower accesses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Backend, use_triton
-from .launch import kernel_op, launch, tl, triton
+from .launch import ceil_div, kernel_op, launch, tl, triton
 from .minifloat import (
     BLOCK,
     dither_of,
@@ -80,7 +80,7 @@ class MomentCodes(NamedTuple):
     @classmethod
     def zeros(cls, param: Tensor, masters: Masters = "split") -> MomentCodes:
         """Those of `param` before its first step."""
-        entries, blocks = param.numel(), -(-param.numel() // BLOCK)
+        entries, blocks = param.numel(), ceil_div(param.numel(), BLOCK)
         kept_low = entries if masters == "split" and param.dtype == torch.bfloat16 else 0
         new = {"dtype": torch.uint8, "device": param.device}
         return cls(
@@ -225,11 +225,12 @@ def _adamw_8bit(
         )  # fmt: skip
     else:
         # Rare, at the ends of tensors: by the block, which keeps registers for the other case.
-        for block in range(tl.minimum((entries - start + 255) // 256, K).to(tl.int32)):
-            _update_tile(
-                row, factors, scale, start + block * 256, entries, FP32_WEIGHTS, MASTERS, FP32_GRADS, HAS_SCALE,
-                WHOLE=False, K=1
-            )  # fmt: skip
+        for block in range(K):
+            if start + block * 256 < entries:
+                _update_tile(
+                    row, factors, scale, start + block * 256, entries, FP32_WEIGHTS, MASTERS, FP32_GRADS, HAS_SCALE,
+                    WHOLE=False, K=1
+                )  # fmt: skip
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -261,7 +262,7 @@ def adamw_8bit_update(
         kinds.setdefault(kind, []).append(i)
     addressed = (params, grads, low, first, first_exponents, root, root_exponents)
     for (device, fp32_weights, masters, fp32_grads), members in kinds.items():
-        tiles = [-(-params[i].numel() // _TILE) for i in members]
+        tiles = [ceil_div(params[i].numel(), _TILE) for i in members]
         # Written anew each step: gradients move, and an address that outlives its tensor corrupts memory.
         columns = [[tensors[i].data_ptr() for i in members] for tensors in addressed]
         columns += [[params[i].numel() for i in members], [0, *accumulate(tiles[:-1])]]

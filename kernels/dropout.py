@@ -37,7 +37,7 @@ def _dropout(x, y, seed, x_stride, rows, columns, threshold, scale, BLOCK_ROWS: 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    kept = keep_mask(tl.load(seed), row[:, None], column[None, :], threshold.to(tl.uint32))
+    kept = keep_mask(tl.load(seed), row[:, None], column[None, :], tl.cast(threshold, tl.uint32))
     values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], inside, other=0.0).to(tl.float32)
     values = tl.where(kept, values * scale, 0.0)
     tl.store(y + row.to(tl.int64)[:, None] * columns + column[None, :], values.to(y.dtype.element_ty), inside)

@@ -145,8 +145,9 @@ def embedding(
         trained_rows: [R, H] parameter that is rows first_row … first_row + R − 1 of `weight` in the same memory (see
             `row_range`). It gets the gradient, in place of `weight`, which must not require one.
         first_row: first row of `trained_rows`.
-        weight_grad: fp32 buffer of the shape that the gradient has. Backward adds the gradient to it instead of
-            returning one, so that micro-batches add up in fp32 and `.grad` stays None.
+        weight_grad: fp32 buffer of the shape that the gradient has, the entries of a row next to each other. Backward
+            adds the gradient to it instead of returning one, so that micro-batches add up in fp32 and `.grad` stays
+            None.
         backend: see `Backend`; None for the global choice. It decides about the backward pass only.
 
     Returns:
@@ -163,6 +164,8 @@ def embedding(
             f"weight_grad must be fp32 of shape {tuple(trained.shape)}, not {weight_grad.dtype} of shape "
             f"{tuple(weight_grad.shape)}"
         )
+    if weight_grad is not None and weight_grad.shape[1] > 1 and weight_grad.stride(1) != 1:
+        raise ValueError(f"weight_grad has strides {weight_grad.stride()}: a row's entries must be next to each other")
     chosen = use_triton(backend, weight)
     first_row = 0 if trained_rows is None else first_row
     return _Embedding.apply(input_ids, weight, trained_rows, first_row, weight_grad, chosen)  # type: ignore[return-value]

@@ -115,7 +115,7 @@ def _low_rank_gemm(
                 tl.zeros((BLOCK_M, SLICE), tl.float32), t, b, row, column, rows, columns, rank,
                 t_stride, b_row_stride, b_column_stride, PRECISION, BLOCK_RANK, 1,
             )  # fmt: skip
-            kept = keep_mask(tl.load(seed), row[:, None], column[None, :], threshold.to(tl.uint32))
+            kept = keep_mask(tl.load(seed), row[:, None], column[None, :], tl.cast(threshold, tl.uint32))
             update = tl.where(kept, update * scale, 0.0)
             if HAS_ADDEND:
                 update += tl.load(addend_rows + column[None, :], inside, other=0.0).to(tl.float32)
@@ -163,7 +163,7 @@ def triton_low_rank_gemm(
     x, total = _rows(x), c if addend is None else _rows(addend)
     # Absent tensors are never read; the kernel takes others in their places.
     t, b, rank = (x, w, 0) if t is None or b is None else (_rows(t), b, t.shape[1])
-    block_m, block_n, block_k, num_warps, num_stages = config
+    block_m, block_n, block_k, num_warps, num_stages = config or default_config(x, c.shape[1])[:5]
     launch(
         *(_low_rank_gemm, (ceil_div(c.shape[0], block_m) * ceil_div(c.shape[1], block_n),)),
         *(x, w, t, b, c if bias is None else bias.contiguous(), total, c if seed is None else seed, c),
@@ -204,8 +204,9 @@ def gemm(
 ) -> Tensor:
     """`low_rank_gemm` with the choices made: a mask is drawn by PyTorch only where the product is its, too."""
     if triton_kernels:
-        chosen = default_config(x, w.shape[1]) if config is None else config
-        return triton_low_rank_gemm(x, w, t, b, bias, addend, seed, scale, dropout, list(chosen[:5]))
+        # None is left to the operator: torch.compile cannot trace asking a GPU for its capability.
+        chosen = [] if config is None else list(config[:5])
+        return triton_low_rank_gemm(x, w, t, b, bias, addend, seed, scale, dropout, chosen)
     if t is not None and b is not None and seed is not None and dropout:
         update = apply_mask(scaled_mm(t, b, scale), seed, dropout, triton_masks)
         addend, t = update if addend is None else addend.add_(update), None

@@ -21,7 +21,7 @@ def _rope(
     OPPOSITE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # times a stride, it may pass 2^31
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     pair = tl.arange(0, BLOCK)
     inside = (head < heads)[:, None] & (pair < half)[None, :]
     cosines = tl.load(cos + token * angle_stride + pair, pair < half, other=0.0)[None, :]

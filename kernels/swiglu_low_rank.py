@@ -138,7 +138,7 @@ def _swiglu_low_rank_forward(
         activated *= up
         store_tile(act, activated, row, rows, column, columns)
         if DROPOUT:
-            kept = keep_mask(tl.load(seed), row[None, :], column[:, None], threshold.to(tl.uint32))
+            kept = keep_mask(tl.load(seed), row[None, :], column[:, None], tl.cast(threshold, tl.uint32))
             store_tile(dropped, tl.where(kept, activated * keep_scale, 0.0), row, rows, column, columns)
 
 
@@ -192,7 +192,7 @@ def _swiglu_low_rank_backward(
             update = tl.dot(a_downs, tl.trans(u_downs), input_precision=PRECISION)
             activated = silu * up
             if DROPOUT:
-                kept = keep_mask(tl.load(seed), row[None, :], column[:, None], threshold.to(tl.uint32))
+                kept = keep_mask(tl.load(seed), row[None, :], column[:, None], tl.cast(threshold, tl.uint32))
                 update = tl.where(kept, update * keep_scale, 0.0)
                 activated = tl.where(kept, activated * keep_scale, 0.0)
             upstream += update

@@ -129,7 +129,32 @@ def filter_rows() -> list[str]:
     return [*speeds, *sources]
 
 
-@pytest.mark.parametrize("rows", [initialisation_rows, cross_entropy_rows, token_ratio_rows, filter_rows])
+def lora_rows() -> list[str]:
+    layers = read(BENCH / "results" / "lora_variants-cpu.json")["layers"]
+    labels = {"augmented": "augmented-K", "library": "library (what runs)", "unfused": "plain autograd", "peft": "peft"}
+
+    def cells(name: str) -> str:
+        found = (next(way for way in layer["ways"] if way["name"] == name) for layer in layers)
+        return " | ".join(f"{way['times_base']:.2f}" for way in found)
+
+    return [f"| {label} | {cells(name)} |" for name, label in labels.items()]
+
+
+def adamw_rows() -> list[str]:
+    result = read(BENCH / "results" / "adamw_8bit-cpu.json")
+    errors = result["steps"]["mean_and_mean_of_the_last_fifth"]
+    rows = []
+    for code in errors["beta2 0.95"]:
+        found = (errors[beta][code][how][0] for beta in errors for how in ("nearest", "independent", "dither"))
+        rows.append(f"| {code} | {' | '.join(f'{error:.1%}' for error in found)} |")
+    for name, losses in result["losses"]["optimizers"].items():
+        rows.append(f"| {name} | {losses['mean']:.3f} | {', '.join(f'{loss:.3f}' for loss in losses['seeds'])} |")
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows", [initialisation_rows, cross_entropy_rows, token_ratio_rows, filter_rows, lora_rows, adamw_rows]
+)
 def test_the_logs_tables_are_what_the_results_say(rows):
     log = LOG.read_text(encoding="utf-8").splitlines()
     assert [row for row in rows() if row not in log] == []

@@ -28,6 +28,22 @@ def resources(tmp_path_factory):
     return json.loads(table.read_text(encoding="utf-8"))
 
 
+SIZES_OF_ONE = """
+import sys, torch, kernel_cases
+from kernel_resources import compiled_launches
+from redwhale.kernels import seeded_dropout
+
+@kernel_cases.case("threshold_of_one")
+def _(shapes, device, dtype):
+    x, seed = torch.empty(3, 5, device=device, dtype=dtype), torch.empty(1, device=device, dtype=torch.int64)
+    return lambda: seeded_dropout(x, seed, 2**-32, backend="triton")
+
+shapes = kernel_cases.Shapes(1, 1, 1, 1, 1, 2, 38, (1,))
+for name in kernel_cases.CASES:
+    print(*(row["kernel"] for row in compiled_launches(name, 90, shapes)), sep="\\n")
+"""
+
+
 def described(row) -> str:
     return f"{row['kernel']} {row['constants']} on sm_{row['capability']}"
 
@@ -49,6 +65,15 @@ def test_every_kernel_is_compiled_for_every_capability(resources):
     for capability in CAPABILITIES:
         compiled = {row["kernel"] for row in resources if row["capability"] == capability}
         assert compiled == kernels_in_sources()
+
+
+def test_every_kernel_compiles_where_sizes_and_strides_are_one():
+    # Triton makes constants of integer arguments of 1, which its interpreter does not.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = [sys.executable, "-c", SIZES_OF_ONE]
+    done = subprocess.run(script, env=environment, cwd=ROOT / "bench", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == kernels_in_sources()
 
 
 def test_no_kernel_spills_registers(resources):

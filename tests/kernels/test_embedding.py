@@ -173,6 +173,8 @@ def test_a_buffer_that_does_not_fit_is_refused():
     for buffer in (torch.zeros(3, HIDDEN, device=DEVICE), torch.zeros_like(weight, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match=r"weight_grad must be fp32 of shape \(13, 24\)"):
             embedding(ids(4), weight, weight_grad=buffer)
+    with pytest.raises(ValueError, match=r"strides \(1, 13\): a row's entries must be next to each other"):
+        embedding(ids(4), weight, weight_grad=torch.zeros(HIDDEN, VOCABULARY, device=DEVICE).T)
 
 
 def test_the_module_is_an_embedding_with_this_backward_pass():

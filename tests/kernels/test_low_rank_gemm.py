@@ -202,6 +202,17 @@ def test_compiled_without_graph_breaks_it_gives_the_same():
     assert torch.equal(compiled(x, w, t, b, bias), function(x, w, t, b, bias))
 
 
+def test_compiled_code_does_not_trace_the_questions_to_the_gpu(monkeypatch):
+    monkeypatch.setattr(module, "multiprocessors", torch.compiler.disable(lambda tensor: 3))
+    x, w, t, b, bias, _ = case(20, 12, 30, 4, dtype=torch.float16)
+
+    def function(x, w, t, b, bias):
+        return low_rank_gemm(x, w, t, b, 0.5, bias=bias, backend="triton")
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, w, t, b, bias), function(x, w, t, b, bias))
+
+
 def test_the_operator_is_registered_as_torch_asks():
     x, w, t, b, bias, addend = case(20, 12, 30, 4)
     operator = torch.ops.redwhale.triton_low_rank_gemm.default

@@ -19,6 +19,8 @@ from redwhale.kernels.minifloat import (
     torch_random_words,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 LAYOUTS = [(3, 4), (3, 5), (4, 4), (4, 3), (2, 6), (2, 5)]
 
 
