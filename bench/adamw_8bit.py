@@ -25,7 +25,7 @@ from common import PROJECT, parser, write_result
 from torch import Tensor, nn
 
 from redwhale.kernels import adamw_8bit
-from redwhale.kernels.adamw_8bit import AdamW8bit
+from redwhale.kernels.adamw_8bit_optimizer import AdamW8bit
 from redwhale.kernels.minifloat import BLOCK, torch_decode, torch_dither, torch_encode, torch_random_words
 
 Dither = Callable[[Tensor, int], Tensor]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redwhale.kernels.adamw_8bit import AdamW8bit
+from redwhale.kernels.adamw_8bit_optimizer import AdamW8bit
 from redwhale.kernels.dropout import dropout_seed, seeded_dropout
 from redwhale.kernels.embedding import embedding
 from redwhale.kernels.launch import compute_capability

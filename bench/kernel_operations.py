@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from kernel_cases import Shapes
 from torch import Tensor, nn
 
-from redwhale.kernels.adamw_8bit import AdamW8bit
+from redwhale.kernels.adamw_8bit_optimizer import AdamW8bit
 from redwhale.kernels.embedding import embedding
 from redwhale.kernels.linear_cross_entropy import linear_cross_entropy
 from redwhale.kernels.lora_linear import LoRAWeights, lora_linears

@@ -5,7 +5,7 @@ needs. Which of the two runs is a matter of `set_kernel_backend`, or of each cal
 torch, Triton where it is installed, and nothing else of the project.
 """
 
-from .adamw_8bit import AdamW8bit
+from .adamw_8bit_optimizer import AdamW8bit
 from .backend import Backend, kernel_backend, set_kernel_backend
 from .dropout import dropout_seed, seeded_dropout
 from .embedding import Embedding, embedding

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .launch import ceil_div, kernel_op, launch, rows_of, tl, triton
-
-_ROUNDS = 7  # the fewest that pass all statistical tests of the paper
+from .philox import philox
 
 
 def dropout_seed(device: torch.device, count: int = 1) -> Tensor:
@@ -63,22 +62,10 @@ def masked_scale(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return y
 
 
-def _multiply_high_and_low(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    product = a * constant  # wraps modulo 2^64, which leaves both 32-bit halves right
-    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
-
-
 def torch_keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """[rows, columns] bool: the mask that the kernels draw, in plain PyTorch."""
-    c0, c1 = torch.arange(columns, device=seed.device), torch.arange(rows, device=seed.device)[:, None]
-    c2 = c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
-    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply_high_and_low(c0, 0xD2511F53)
-        high2, low2 = _multiply_high_and_low(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0 >= keep_threshold(p)
+    column, row = torch.arange(columns, device=seed.device), torch.arange(rows, device=seed.device)[:, None]
+    return philox((column, row, 0, 0), seed)[0] >= keep_threshold(p)
 
 
 def apply_mask(x: Tensor, seed: Tensor, p: float, triton_kernels: bool) -> Tensor:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from .launch import tl, triton
+from .philox import philox
 
 BLOCK = 256
 """Entries that share an exponent."""
 _WEYL_STEP = 0x9E3779B9  # 2^32 over the golden ratio
-_ROUNDS = 7  # of Philox: the fewest that pass all statistical tests of the paper
 
 
 @triton.jit
@@ -108,16 +108,8 @@ def torch_encode(values: Tensor, dither: Tensor, exponent_bits: int, mantissa_bi
 
 def torch_random_words(seed: int, number: int, first: int, count: int, stream: int, device: torch.device) -> Tensor:
     """int64 [count] below 2^32, `count` a multiple of 4: the numbers of `random_words` in plain PyTorch."""
-    c0 = torch.arange(first // 4, (first + count) // 4, device=device)
-    c1, c2, c3 = (torch.full_like(c0, value) for value in (number, stream, 0))
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(_ROUNDS):
-        # Products wrap modulo 2^64, which leaves both 32-bit halves right.
-        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((product2 >> 32) & 0xFFFFFFFF) ^ c1 ^ k0, product2 & 0xFFFFFFFF
-        c2, c3 = ((product0 >> 32) & 0xFFFFFFFF) ^ c3 ^ k1, product0 & 0xFFFFFFFF
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return torch.stack((c0, c1, c2, c3), -1).view(-1)
+    quads = torch.arange(first // 4, (first + count) // 4, device=device)
+    return torch.stack(philox((quads, number, stream, 0), seed), -1).view(-1)
 
 
 def torch_dither(words: Tensor, step: int) -> Tensor:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import BACKENDS, DEVICE, normal, relative_error, strided
 
-from redwhale.kernels.adamw_8bit import AdamW8bit, AdamWSettings, MomentCodes, _adamw_8bit, adamw_8bit_step_
+from redwhale.kernels.adamw_8bit import AdamWSettings, MomentCodes, _adamw_8bit, adamw_8bit_step_
 from redwhale.kernels.adamw_8bit import adamw_8bit_update as update_operator
+from redwhale.kernels.adamw_8bit_optimizer import AdamW8bit
 from redwhale.kernels.launch import captured_launches, launch
 from redwhale.kernels.minifloat import torch_decode, torch_dither, torch_encode, torch_random_words
 

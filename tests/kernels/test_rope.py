@@ -193,9 +193,8 @@ def test_tokens_behind_2_to_the_31_entries_are_rotated_where_they_are(inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_heads_behind_2_to_the_31_entries_are_rotated_where_they_are(inplace):
     values = random(2, 3, 8).half()
-    x = (
-        far_rows(3, 16, torch.float16).unflatten(1, (2, 8)).transpose(0, 1)
-    )  # tokens within heads, as attention has them
+    # Tokens within heads, as attention has them.
+    x = far_rows(3, 16, torch.float16).unflatten(1, (2, 8)).transpose(0, 1)
     x.copy_(values)
     cos, sin = rope_cos_sin(positions(2), frequencies(8, 100.0))
     output = apply_rope(x, cos, sin, inplace=inplace, backend="triton")
