@@ -1,4 +1,4 @@
-"""Philox-4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) in plain PyTorch: the words that `tl.philox` draws."""
+"""Philox-4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) in plain PyTorch: the words of `tl.philox`."""
 
 from __future__ import annotations
 
