@@ -159,7 +159,11 @@ def _torch_rows(
         probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, label_smoothing - 1))
         if token_weights is not None:
             probabilities *= token_weights[:, None]
-        logits.copy_(probabilities).masked_fill_(ignored[:, None], 0.0)
+        logits.copy_(probabilities)
+        if logits.is_cuda:
+            logits.masked_fill_(ignored[:, None], 0.0)
+        else:  # the same, without a slow pass over all bf16 entries; a GPU would have to be waited for
+            logits[ignored] = 0.0
     return (
         losses.masked_fill_(ignored, 0.0),
         token_losses.masked_fill_(ignored, 0.0),

@@ -96,6 +96,9 @@ def capturing() -> bool:
 def kernel_op(*, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Make a function that starts kernels the operator `redwhale::NAME`, opaque to `torch.compile`.
 
+    Its namespace is the package that the function is in: of two operators of one name, torch destroys the first, and a
+    copy of these files may be imported besides, be it because Hugging Face's libraries look for a package `kernels`.
+
     Args:
         fake: takes the same arguments and returns empty tensors of the results' shapes, dtypes and strides.
         mutates_args: names of the arguments that it writes to.
@@ -104,7 +107,8 @@ def kernel_op(*, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -
     def decorate(function: Callable) -> Callable:
         # getattr, because a function's type does not promise a name.
         name = getattr(function, "__name__")  # noqa: B009
-        operator = torch.library.custom_op(f"redwhale::{name}", function, mutates_args=mutates_args)
+        package = function.__module__.partition(".")[0]
+        operator = torch.library.custom_op(f"{package}::{name}", function, mutates_args=mutates_args)
         operator.register_fake(fake)
 
         def call(*args: Any) -> Any:

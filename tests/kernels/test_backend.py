@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == 'the backend "triton" needs the package triton, which is not installed'
+
+
+def test_a_copy_of_the_kernels_imported_besides_leaves_their_operators_alone():
+    program = """
+import torch
+from importlib import import_module
+ours = import_module("redwhale.kernels.swiglu")
+import_module("kernels")  # the same folder, as a package of its own
+started = []
+ours.launch = lambda *args, **options: started.append(args)
+gate, up = torch.ones(2, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE)
+ours.swiglu(gate, up, backend="triton")
+assert started
+"""
+    program, root = program.replace("DEVICE", repr(DEVICE.type)), Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
 
 
 def test_ahead_of_time_compilation_sees_the_chip_it_asks_for():
