@@ -24,7 +24,8 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW with moments in 8 bits and, for bf16 parameters, exact fp32 masters in 16 further bits.
 
     Groups may differ in every option but `backend`. States appear with a parameter's first gradient, and steps without
-    one leave it as it is. A parameter's position in the groups is its number: keep their order on resuming.
+    one leave it as it is. A parameter's position in the groups is its number: keep their order on resuming. A step
+    must not be captured in a CUDA graph, whose replays would use the addresses of the first.
     """
 
     def __init__(

@@ -172,7 +172,17 @@ def embedding(
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` with this module's backward pass: fp32 sums in a fixed order."""
+    """`nn.Embedding`, without its options, with this module's backward pass: fp32 sums in a fixed order."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return embedding(input, self.weight)
