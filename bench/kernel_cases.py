@@ -1,4 +1,4 @@
-"""The operations of kernels/ at given shapes, as the other scripts here compile, check and time them."""
+"""The operations of kernels/ at given shapes, each started once, for the script that compiles them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ class Shapes:
 
 SOLAR = Shapes(8192, 4096, 14_336, 32, 8, 128, 49_152, (16, 64, 128))
 """SOLAR-10.7B with RedWhale's vocabulary, padded, and 8,192 tokens."""
-SMALL = Shapes(256, 128, 352, 4, 2, 32, 1_024, (8,))
-"""Small enough for Triton's interpreter on a CPU."""
 
 Run = Callable[[], object]
 CASES: dict[str, Callable[[Shapes, torch.device, torch.dtype], Run]] = {}

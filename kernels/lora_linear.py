@@ -175,6 +175,26 @@ class _LoRALinears(torch.autograd.Function):
         return grad_x if needs_x else None, grad_norm if needs_norm else None, None, None, *flat
 
 
+def checked_dropout(
+    layers: Sequence[LoRAWeights], dropout: float, seed: Tensor | None, seeds: int = 1
+) -> tuple[float, Tensor | None]:
+    """The dropout and seed to go by: none where no layer has an adapter.
+
+    Raises:
+        ValueError: if a layer has A without B or the reverse, or if `dropout` is not in [0, 1) or lacks its `seeds`.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+    if dropout and (seed is None or seed.numel() != seeds):
+        wanted = "a seed, as" if seeds == 1 else "two seeds, each as"
+        raise ValueError(f"dropout needs {wanted} from dropout_seed")
+    if any((layer.A is None) != (layer.B is None) for layer in layers):
+        raise ValueError("an adapter needs both A and B")
+    if not (dropout and any(layer.A is not None for layer in layers)):
+        return 0.0, None
+    return dropout, seed
+
+
 def lora_linears(
     x: Tensor,
     layers: Sequence[LoRAWeights],
@@ -203,14 +223,7 @@ def lora_linears(
     Raises:
         ValueError: if a layer has A without B or the reverse, if `dropout` is not in [0, 1), or lacks a seed.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout} is not in [0, 1)")
-    if dropout and seed is None:
-        raise ValueError("dropout needs a seed, as from dropout_seed")
-    if any((layer.A is None) != (layer.B is None) for layer in layers):
-        raise ValueError("an adapter needs both A and B")
-    if not (dropout and any(layer.A is not None for layer in layers)):
-        dropout, seed = 0.0, None
+    dropout, seed = checked_dropout(layers, dropout, seed)
     tensors = [tensor for layer in layers for tensor in layer[:4]]
     kernels = use_triton(backend, x) if norm_weight is None else norm_takes_triton(backend, x, norm_weight)
     scales = tuple(layer.scale for layer in layers)

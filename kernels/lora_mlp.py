@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .launch import rows_of
-from .lora_linear import LoRAOptions, LoRAWeights, dropped_rows, joined, normalised_rows
+from .lora_linear import LoRAOptions, LoRAWeights, checked_dropout, dropped_rows, joined, normalised_rows
 from .low_rank_gemm import gemm, scaled_mm
 from .rms_norm import norm_takes_triton, rms_norm_backward, torch_rms_norm_backward
 from .swiglu_low_rank import Update, low_rank_swiglu, low_rank_swiglu_backward
@@ -160,7 +160,7 @@ def lora_mlp(
         norm_eps: see `rms_norm`.
         dropout: probability with which an entry of the adapters' inputs is zero, the others growing by 1 / (1 − p).
         seed: [2] int64, of the mask of x, which gate and up share, and of that of the activation: as from
-            `dropout_seed`, twice.
+            `dropout_seed(device, 2)`.
         backend: see `Backend`; None for the global choice. Either way the large products are the library's.
 
     Returns:
@@ -171,16 +171,9 @@ def lora_mlp(
             in [0, 1), or lacks a seed of two numbers.
     """
     layers = (gate, up, down)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout} is not in [0, 1)")
-    if dropout and (seed is None or seed.numel() != 2):
-        raise ValueError("dropout needs two seeds, each as from dropout_seed")
     if any(layer.bias is not None for layer in layers):
         raise ValueError("biases are not supported: use lora_linear and swiglu for an MLP that has them")
-    if any((layer.A is None) != (layer.B is None) for layer in layers):
-        raise ValueError("an adapter needs both A and B")
-    if not (dropout and any(layer.A is not None for layer in layers)):
-        dropout, seed = 0.0, None
+    dropout, seed = checked_dropout(layers, dropout, seed, seeds=2)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.A, layer.B)]
     kernels = use_triton(backend, h, *tensors) and (norm_weight is None or norm_takes_triton(backend, h, norm_weight))
     options = LoRAOptions(tuple(layer.scale for layer in layers), norm_eps, dropout, kernels, triton_gemms=False)
