@@ -23,65 +23,97 @@ if TYPE_CHECKING:
         SequenceSource,
         TokenSequence,
     )
-    from .evaluation import LossResult, evaluate_loss, evaluate_text
+    from .checkpoints import CheckpointStore
+    from .evaluation import LossResult, ValidationSet, evaluate_loss, evaluate_text
+    from .loop_config import LoopConfig
+    from .losses import LossFunction, next_token_loss
+    from .mixture import MixedSequences
+    from .optimizer import StageOptimizer
+    from .optimizer_config import OptimizerConfig
     from .packing import pack_texts
     from .pipeline import run_recipe
+    from .plans import PLANS, plan_stages
+    from .prefetch import prefetched
     from .recipe import Recipe, load_recipe
+    from .selectors import select_parameters
     from .shards import ShardManifest, TokenShards, write_shard
-    from .stages import LoRAConfig, Stage, learning_rate, select_parameters
-    from .trainer import LoopConfig, StageResult, Trainer
+    from .spike_guard import SpikeGuard
+    from .stages import BlockSchedule, LoRAConfig, Stage
+    from .trainer import StageResult, Trainer
 
 # Imported when first asked for: the command line's help and the filter's worker processes pass through this
 # package, and should not wait for torch.
 _MODULE_OF = {
     "Batch": "batches",
     "BatchLoader": "batches",
+    "BlockSchedule": "stages",
+    "CheckpointStore": "checkpoints",
     "ExampleSequences": "batches",
     "IGNORE_INDEX": "batches",
     "LoRAConfig": "stages",
-    "LoopConfig": "trainer",
+    "LoopConfig": "loop_config",
+    "LossFunction": "losses",
     "LossResult": "evaluation",
+    "MixedSequences": "mixture",
+    "OptimizerConfig": "optimizer_config",
+    "PLANS": "plans",
     "PackedSequences": "batches",
     "Recipe": "recipe",
     "SequenceSource": "batches",
     "ShardManifest": "shards",
+    "SpikeGuard": "spike_guard",
     "Stage": "stages",
+    "StageOptimizer": "optimizer",
     "StageResult": "trainer",
     "TokenSequence": "batches",
     "TokenShards": "shards",
     "Trainer": "trainer",
+    "ValidationSet": "evaluation",
     "evaluate_loss": "evaluation",
     "evaluate_text": "evaluation",
-    "learning_rate": "stages",
     "load_recipe": "recipe",
+    "next_token_loss": "losses",
     "pack_texts": "packing",
+    "plan_stages": "plans",
+    "prefetched": "prefetch",
     "run_recipe": "pipeline",
-    "select_parameters": "stages",
+    "select_parameters": "selectors",
     "write_shard": "shards",
 }
 
 __all__ = [
     "IGNORE_INDEX",
+    "PLANS",
     "Batch",
     "BatchLoader",
+    "BlockSchedule",
+    "CheckpointStore",
     "ExampleSequences",
     "LoRAConfig",
     "LoopConfig",
+    "LossFunction",
     "LossResult",
+    "MixedSequences",
+    "OptimizerConfig",
     "PackedSequences",
     "Recipe",
     "SequenceSource",
     "ShardManifest",
+    "SpikeGuard",
     "Stage",
+    "StageOptimizer",
     "StageResult",
     "TokenSequence",
     "TokenShards",
     "Trainer",
+    "ValidationSet",
     "evaluate_loss",
     "evaluate_text",
-    "learning_rate",
     "load_recipe",
+    "next_token_loss",
     "pack_texts",
+    "plan_stages",
+    "prefetched",
     "run_recipe",
     "select_parameters",
     "write_shard",

@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _STEP_HELP.items():
         step = commands.add_parser(name, parents=[recipe], help=text)
         step.add_argument("--force", action="store_true", help="redo the step even if it is up to date")
+        if name in ("train", "sft"):
+            step.add_argument(
+                "--profile", type=int, default=0, metavar="N", help="trace N steps of each stage with torch.profiler"
+            )
         step.set_defaults(command=_run, only=name)
 
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
@@ -128,7 +132,9 @@ def _run(options: argparse.Namespace) -> None:
     from .pipeline import run_recipe, table
     from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    profiled = getattr(options, "profile", 0)
+    profile = [f"{options.only}.profile={profiled}"] if profiled else []
+    recipe = load_recipe(options.recipe, [*options.overrides, *profile])
     say = lambda line: print(line, flush=True)  # noqa: E731 (a log read while it grows)
     rows = run_recipe(recipe, only=options.only, force=options.force, say=say)
     if options.only is None:

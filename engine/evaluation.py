@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import torch
+from torch import nn
 
 from ..model import Llama
 from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, ExampleSequences, SequenceSource, batched
+from .losses import LossFunction, loss_sums, next_token_loss
 
 
 class LossResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,17 +21,30 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
 
     loss: float
     """Mean cross-entropy in nats per predicted token; not comparable across tokenizers."""
-    accuracy: float
-    """Share of tokens whose most likely prediction is right."""
+    accuracy: float | None
+    """Share of tokens whose most likely prediction is right; None for a loss function that does not tell."""
     bits_per_byte: float | None
     """Total cross-entropy in bits over the UTF-8 bytes of the text, comparable across tokenizers."""
     tokens: int
     """Predicted tokens."""
 
 
+class ValidationSet(NamedTuple):
+    """Held-out sequences."""
+
+    source: SequenceSource
+    text_bytes: int | None = None
+    """UTF-8 bytes of the text behind them, for bits per byte."""
+
+
 @torch.inference_mode()
 def evaluate_loss(
-    model: Llama, source: SequenceSource, *, batch_size: int, text_bytes: int | None = None
+    model: nn.Module,
+    source: SequenceSource,
+    *,
+    batch_size: int,
+    text_bytes: int | None = None,
+    loss: LossFunction = next_token_loss,
 ) -> LossResult:
     """Loss on every sequence of `source`.
 
@@ -37,21 +53,20 @@ def evaluate_loss(
         source: numbered sequences.
         batch_size: sequences in a forward pass.
         text_bytes: UTF-8 bytes of the text behind the sequences, for bits per byte.
+        loss: of the model on a batch.
     """
-    device = model.lm_head.weight.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     tokens = 0
     for batch in batched(source, range(len(source)), batch_size, device):
-        output = model.loss(batch.input_ids, batch.targets, batch.documents)
-        nats += output.loss_sum
-        correct += output.correct
+        found = loss_sums(loss(model, batch))
+        sums += torch.stack([found.nats.double(), found.correct.double()])
         tokens += batch.num_targets
-    total = float(nats)
+    nats, correct = sums.tolist()
     return LossResult(
-        loss=total / max(1, tokens),
-        accuracy=int(correct) / max(1, tokens),
-        bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
+        loss=nats / max(1, tokens),
+        accuracy=None if math.isnan(correct) else correct / max(1, tokens),
+        bits_per_byte=nats / math.log(2) / text_bytes if text_bytes else None,
         tokens=tokens,
     )
 

@@ -17,10 +17,14 @@ from ..filtering import FilterConfig
 from ..model.embedding_init import InitMethod
 from ..tokenizer import TokenizerConfig
 from .errors import RecipeError
-from .stages import LoRAConfig, Positive, Stage, check_selectors
-from .trainer import LoopConfig
+from .loop_config import LoopConfig
+from .optimizer_config import AboveZero
+from .plans import plan_stages
+from .selectors import check_selectors
+from .stages import LoRAConfig, Positive, Precision, Stage
 
-Precision = Literal["auto", "bf16", "fp32"]
+CORPUS = "corpus"
+"""Name of the filtered corpus in a mix."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,9 +46,10 @@ class PretrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_field
     rope_theta: float = 10_000.0
     tokens: Positive
     """Token budget."""
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-3
+    lr: AboveZero = 2e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         heads = self.num_attention_heads
         if self.hidden_size % (2 * heads):
             raise ValueError(
@@ -84,29 +89,62 @@ class InitConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PackConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the filtered corpus becomes token shards."""
+    """How the filtered corpus, and others beside it, become token shards."""
 
-    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Threads that tokenise; 0 for all cores."""
+    workers: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Processes that tokenise; 0 for one a core."""
+    extra: dict[str, tuple[str, ...]] = {}
+    """Other corpora by name, for mixes: files, folders and globs as for `filter.inputs`, packed unfiltered."""
+
+    def __post_init__(self) -> None:
+        for name, paths in self.extra.items():
+            if not re.fullmatch(r"[a-z0-9_-]+", name):
+                raise ValueError(f"extra corpus {name!r} must be named with a-z, 0-9, _ and - alone")
+            if name in ("train", "validation", CORPUS) or name.startswith("heldout"):
+                raise ValueError(f"extra corpus {name!r} has a name that shards of the run's own have: choose another")
+            if not paths:
+                raise ValueError(f"extra corpus {name!r} names no files")
 
 
 class TrainConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Continued pretraining in stages."""
 
     sequence_length: Positive = 4096
-    stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
+    plan: str | None = None
+    """One of `redwhale.engine.plans.PLANS`, in place of stages."""
+    tokens: Positive | None = None
+    """Token budget of the whole plan."""
+    lr_scale: AboveZero = 1.0
+    """Multiplies the learning rates of the plan."""
+    stages: tuple[Stage, ...] = ()
+    mix: dict[str, AboveZero] = msgspec.field(default_factory=dict)
+    """Weights of the corpora in tokens, "corpus" being the filtered one; empty for that alone."""
+    verify: bool = False
+    """Compare the checksums of all shards before training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.plan is None) != (self.tokens is None) or (self.plan is None) == (not self.stages):
+            raise ValueError("give either stages, or a plan with its tokens")
+        if self.plan is not None:
+            plan_stages(self.plan, 1)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages share a name: {', '.join(names)}")
+
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        """The stages, or those of the plan."""
+        if self.plan is None or self.tokens is None:
+            return self.stages
+        return plan_stages(self.plan, self.tokens, lr_scale=self.lr_scale)
 
 
 class SFTLoRAConfig(LoRAConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Adapters of fine-tuning, with RedWhale's rank and alpha."""
 
     r: Positive = 64
-    alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
+    alpha: AboveZero = 16.0
 
 
 class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,7 +156,7 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The same kind of files, for the loss before and after."""
     train: tuple[str, ...] = ("lora",)
     lora: SFTLoRAConfig = SFTLoRAConfig()
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 2e-4
+    lr: AboveZero = 2e-4
     epochs: Positive = 1
     """Times the data is seen, in even batches: less than one sequence a step is seen once more."""
     sequence_length: Positive = 1024
@@ -126,6 +164,7 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Most sequences in a global batch, each holding as many whole examples as fit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_selectors(self.train)
 
 
@@ -202,12 +241,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     raw.setdefault("name", Path(path).stem)
+    if any(override.startswith("train.stages[") for override in overrides):
+        _spell_out_plan(raw)
     for override in overrides:
         apply_override(raw, override)
     try:
         return msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise RecipeError(f"{path}: {_explain(str(error), raw)}") from None
+
+
+def _spell_out_plan(raw: dict[str, Any]) -> None:
+    """Put the stages of a raw recipe's plan in its place, so that one of them can be changed."""
+    train = raw.get("train", {})
+    if isinstance(train, dict) and isinstance(train.get("tokens"), int) and "plan" in train and "stages" not in train:
+        stages = plan_stages(train.pop("plan"), train.pop("tokens"), lr_scale=train.pop("lr_scale", 1.0))
+        train["stages"] = msgspec.to_builtins(stages)
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

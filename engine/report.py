@@ -184,7 +184,12 @@ def _training(run_dir: Path, manifests: Sequence[dict[str, Any]]) -> str:
         lines = [json.loads(line) for line in (run_dir / manifest["step"] / "metrics.jsonl").read_text().splitlines()]
         colour = _COLOURS[number % len(_COLOURS)]
         losses = [(offset + line["tokens"], line["loss"]) for line in lines if "loss" in line]
-        checks = [(offset + line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        # The first of the validation sets is what the run's table shows.
+        checks = [
+            (offset + line["tokens"], next(iter(line["validation"].values()))["loss"])
+            for line in lines
+            if line.get("validation")
+        ]
         axes.plot(*zip(*losses, strict=True), color=colour, linewidth=1, alpha=0.7, label=manifest["step"])
         if checks:
             axes.plot(*zip(*checks, strict=True), color=colour, marker="o", linewidth=2)

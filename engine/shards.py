@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -19,6 +22,8 @@ import numpy as np
 from .errors import ShardError
 
 FORMAT_VERSION = 1
+_SUFFIXES = (".bin", ".idx", ".json")
+_TOKENS_AT_ONCE = 1 << 24
 
 
 class ShardManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +41,83 @@ class ShardManifest(msgspec.Struct, frozen=True, kw_only=True):
     idx_sha256: str
 
 
+class ShardWriter:
+    """Writes one shard; its three files appear under their names only when it is complete. A context manager.
+
+    Args:
+        prefix: path without suffix; `prefix.bin`, `prefix.idx` and `prefix.json` are written when the context ends
+            without an exception.
+        vocab_size: decides between uint16 and uint32.
+        tokenizer_sha256: of the tokenizer that made the ids.
+    """
+
+    def __init__(self, prefix: Path, *, vocab_size: int, tokenizer_sha256: str) -> None:
+        self.dtype = token_dtype(vocab_size)
+        self.manifest: ShardManifest | None = None
+        """Of the shard, once it is complete."""
+        self._vocab_size, self._tokenizer_sha256 = vocab_size, tokenizer_sha256
+        self._bin_path, self._idx_path, self._json_path = (
+            Path(prefix).with_name(Path(prefix).name + suffix) for suffix in _SUFFIXES
+        )
+        self._lengths: list[np.ndarray] = []
+        self._documents = self._tokens = self._text_bytes = 0
+        self._bin_hash = hashlib.sha256()
+        self._file = open(_writing(self._bin_path), "wb")  # noqa: SIM115 - closed by __exit__
+
+    def add(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, text_bytes: int) -> None:
+        """Append documents.
+
+        Args:
+            tokens: [tokens] integers in [0, vocab_size), of all the documents, back to back.
+            lengths: [documents] tokens of each; they add up to the number of tokens.
+            text_bytes: UTF-8 bytes of the documents' text.
+
+        Raises:
+            ShardError: for a token outside the vocabulary.
+        """
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+            position = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
+            document = self._documents + int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+            raise ShardError(f"document {document} holds a token outside the vocabulary of {self._vocab_size}")
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
+        self._file.write(data)
+        self._bin_hash.update(data)
+        self._lengths.append(lengths)
+        self._documents += len(lengths)
+        self._tokens += len(tokens)
+        self._text_bytes += text_bytes
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            _sync(self._file)
+        index = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]), dtype="<i8").tobytes()
+        manifest = ShardManifest(
+            dtype=self.dtype.name,
+            vocab_size=self._vocab_size,
+            tokens=self._tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            tokenizer_sha256=self._tokenizer_sha256,
+            bin_sha256=self._bin_hash.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        described = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+        for path, data in ((self._idx_path, index), (self._json_path, described)):
+            with open(_writing(path), "wb") as file:
+                file.write(data)
+                _sync(file)
+        for path in (self._bin_path, self._idx_path, self._json_path):
+            _writing(path).rename(path)
+        _sync_folder(self._bin_path.parent)
+        self.manifest = manifest
+
+
 def write_shard(
     prefix: Path,
     documents: Iterable[tuple[Sequence[int], int]],
@@ -50,52 +132,39 @@ def write_shard(
         documents: for each document, its token ids in [0, vocab_size) and the UTF-8 bytes of its text.
         vocab_size: decides between uint16 and uint32.
         tokenizer_sha256: of the tokenizer that made the ids.
+
+    Raises:
+        ShardError: for a token outside the vocabulary.
     """
-    prefix = Path(prefix)
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    bin_path, idx_path, json_path = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
-    offsets, total_bytes = [0], 0
-    bin_hash = hashlib.sha256()
-    with open(_writing(bin_path), "wb") as file:
+    writer = ShardWriter(prefix, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
+    with writer:
         for ids, size in documents:
-            tokens = np.asarray(ids, dtype=np.int64)
-            if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-                raise ShardError(f"document {len(offsets) - 1} holds a token outside the vocabulary of {vocab_size}")
-            data = tokens.astype(dtype).tobytes()
-            file.write(data)
-            bin_hash.update(data)
-            offsets.append(offsets[-1] + len(tokens))
-            total_bytes += size
-        _sync(file)
-    index = np.asarray(offsets, dtype="<i8").tobytes()
-    with open(_writing(idx_path), "wb") as file:
-        file.write(index)
-        _sync(file)
-    manifest = ShardManifest(
-        dtype=dtype.name,
-        vocab_size=vocab_size,
-        tokens=offsets[-1],
-        documents=len(offsets) - 1,
-        text_bytes=total_bytes,
-        tokenizer_sha256=tokenizer_sha256,
-        bin_sha256=bin_hash.hexdigest(),
-        idx_sha256=hashlib.sha256(index).hexdigest(),
-    )
-    with open(_writing(json_path), "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-        _sync(file)
-    for path in (bin_path, idx_path, json_path):
-        _writing(path).rename(path)
-    return manifest
+            writer.add(np.asarray(ids, dtype=np.int64), [len(ids)], size)
+    assert writer.manifest is not None
+    return writer.manifest
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The little-endian dtype of a shard's tokens: uint16, or uint32 where the vocabulary needs it."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def _writing(path: Path) -> Path:
     return path.with_name(path.name + ".writing")
 
 
-def _sync(file) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class TokenShards:
@@ -104,7 +173,7 @@ class TokenShards:
     Args:
         prefixes: shard paths without suffix, in stream order.
         tokenizer_sha256: if given, every shard must have been made by this tokenizer.
-        verify: also read every byte and compare the checksums.
+        verify: also call `verify`.
 
     Raises:
         ShardError: for a shard that is missing, truncated, damaged, or of another tokenizer.
@@ -115,9 +184,9 @@ class TokenShards:
             raise ShardError("no token shards were given")
         self.prefixes = [Path(prefix) for prefix in prefixes]
         self.manifests = [_read_manifest(prefix) for prefix in self.prefixes]
-        self._tokens: list[np.memmap | np.ndarray] = []
-        document_offsets = [np.zeros(1, dtype=np.int64)]
-        starts = [0]
+        self._tokens: list[np.ndarray] = []
+        document_ends = []
+        self._starts = [0]
         for prefix, manifest in zip(self.prefixes, self.manifests, strict=True):
             if tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer_sha256:
                 raise ShardError(
@@ -126,18 +195,24 @@ class TokenShards:
                 )
             self._tokens.append(_map(prefix, ".bin", manifest.dtype, manifest.tokens))
             offsets = _map(prefix, ".idx", "<i8", manifest.documents + 1)
-            if verify:
-                _verify(prefix, ".bin", manifest.bin_sha256)
-                _verify(prefix, ".idx", manifest.idx_sha256)
-            document_offsets.append(np.asarray(offsets[1:]) + starts[-1])
-            starts.append(starts[-1] + manifest.tokens)
-        self._starts = np.asarray(starts)
-        self._document_offsets = np.concatenate(document_offsets)
+            lengths = np.diff(offsets)
+            if offsets[0] != 0 or offsets[-1] != manifest.tokens or (lengths < 0).any():
+                raise ShardError(
+                    f"{prefix}.idx does not count from 0 up to the {manifest.tokens} tokens of its manifest: "
+                    "it is damaged, pack the corpus again"
+                )
+            document_ends.append(offsets[1:][lengths > 0] + self._starts[-1])
+            self._starts.append(self._starts[-1] + manifest.tokens)
+        self._document_ends = np.concatenate(document_ends)
+        if verify:
+            self.verify()
 
     @classmethod
     def open(cls, folder: Path, split: str, **options) -> TokenShards:
-        """All shards `folder/SPLIT-*.json`, in name order; options as for the class."""
-        prefixes = sorted(path.with_suffix("") for path in Path(folder).glob(f"{split}-*.json"))
+        """All shards `folder/SPLIT-NUMBER.json`, in name order; options as for the class."""
+        is_shard = re.compile(re.escape(split) + r"-\d+\.json").fullmatch
+        folder = Path(folder)
+        prefixes = sorted(path.with_suffix("") for path in folder.glob("*.json") if is_shard(path.name))
         if not prefixes:
             raise ShardError(f"{folder} holds no token shard named {split}-*.json")
         return cls(prefixes, **options)
@@ -145,12 +220,12 @@ class TokenShards:
     @property
     def tokens(self) -> int:
         """Tokens of all shards."""
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def documents(self) -> int:
         """Documents of all shards."""
-        return len(self._document_offsets) - 1
+        return sum(manifest.documents for manifest in self.manifests)
 
     @property
     def text_bytes(self) -> int:
@@ -159,20 +234,42 @@ class TokenShards:
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens [start, end) of the stream as int64."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        first = bisect_right(self._starts, start) - 1
         parts = []
         while start < end:
-            base = int(self._starts[first])
-            stop = min(end, int(self._starts[first + 1]))
+            base = self._starts[first]
+            stop = min(end, self._starts[first + 1])
             parts.append(self._tokens[first][start - base : stop - base])
             start, first = stop, first + 1
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+        if len(parts) == 1:
+            return parts[0].astype(np.int64)
+        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def document_ends(self, start: int, end: int) -> np.ndarray:
-        """Offsets in (start, end] at which a document ends, ascending, int64."""
-        first = np.searchsorted(self._document_offsets, start, side="right")
-        last = np.searchsorted(self._document_offsets, end, side="right")
-        return self._document_offsets[first:last]
+        """Offsets in (start, end] at which a document ends, each once, ascending, int64."""
+        first, last = self._document_ends.searchsorted((start, end), side="right")
+        return self._document_ends[first:last]
+
+    def count_document_ends(self, start: int, end: int) -> int:
+        """Number of the offsets in (start, end] at which a document ends."""
+        first, last = self._document_ends.searchsorted((start, end), side="right")
+        return int(last - first)
+
+    def verify(self) -> None:
+        """Read every byte: compare the checksums, and look for tokens outside the vocabulary.
+
+        Raises:
+            ShardError: naming the file that is damaged.
+        """
+        for prefix, manifest, tokens in zip(self.prefixes, self.manifests, self._tokens, strict=True):
+            _verify(prefix, ".bin", manifest.bin_sha256)
+            _verify(prefix, ".idx", manifest.idx_sha256)
+            for begin in range(0, len(tokens), _TOKENS_AT_ONCE):
+                if (highest := int(tokens[begin : begin + _TOKENS_AT_ONCE].max())) >= manifest.vocab_size:
+                    raise ShardError(
+                        f"{prefix}.bin holds token {highest}, outside the vocabulary of {manifest.vocab_size} that its "
+                        "manifest names: pack the corpus again"
+                    )
 
 
 def _read_manifest(prefix: Path) -> ShardManifest:
@@ -183,6 +280,11 @@ def _read_manifest(prefix: Path) -> ShardManifest:
         raise ShardError(f"{path} is missing: the shard was not written to its end, pack the corpus again") from None
     except (msgspec.MsgspecError, json.JSONDecodeError) as error:
         raise ShardError(f"{path} is not a shard manifest: {error}") from None
+    if manifest.dtype != token_dtype(manifest.vocab_size).name:
+        raise ShardError(
+            f"{path} says dtype {manifest.dtype!r}, which is not that of {manifest.vocab_size} pieces: it is damaged, "
+            "pack the corpus again"
+        )
     if manifest.version != FORMAT_VERSION:
         raise ShardError(f"{path} has format version {manifest.version}, this program reads {FORMAT_VERSION}")
     return manifest
@@ -200,8 +302,8 @@ def _map(prefix: Path, suffix: str, dtype: str, items: int) -> np.ndarray:
             f"{path} has {size} bytes but its manifest says {expected}: it is "
             f"{'truncated' if size < expected else 'damaged'}, pack the corpus again"
         )
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
+    # An empty file cannot be mapped; slices of a plain view of the mapping cost less than those of a memmap.
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if size else np.empty(0, dtype=dtype)
 
 
 def _verify(prefix: Path, suffix: str, expected: str) -> None:

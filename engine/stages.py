@@ -1,21 +1,23 @@
-"""Stages as data: what trains, for how long, and at which learning rate."""
+"""Stages as data: what trains, for how long, at which learning rate, and how."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
-from torch import nn
+import numpy as np
 
-from ..model import ADAPTABLE_LAYERS, LINEAR_LAYERS, Llama
-from .errors import RecipeError
+from ..model import ADAPTABLE_LAYERS, LINEAR_LAYERS
+from ..model.activations import Activations
+from .optimizer_config import AboveZero, BelowOne, OptimizerConfig
+from .schedules import Schedule, learning_rate_factor
+from .selectors import check_selectors, layer_index
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,11 +25,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     r: Positive = 128
     """Rank. 128 on all seven projections is 4.4-4.6% of SOLAR-10.7B, the share RedWhale reports."""
-    alpha: Annotated[float, msgspec.Meta(gt=0)] = 128.0
+    alpha: AboveZero = 128.0
     """The update is scaled by alpha / r."""
     rslora: bool = False
     """Scale by alpha / √r instead (arXiv 2312.03732)."""
-    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    dropout: BelowOne = 0.0
     """Share of the adapters' inputs that a training step sets to zero."""
     targets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | str = LINEAR_LAYERS
     """Last or whole names of the linear layers to adapt, or one regular expression of whole names, or "all-linear"."""
@@ -44,36 +46,81 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ValueError(f"cannot adapt {target!r}; known: {', '.join(ADAPTABLE_LAYERS)}")
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BlockSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of the layers that a stage names, a few train at a time; what else it names trains throughout.
+
+    "random" is LISA (Pan et al. 2024, arXiv 2403.17919), "cyclic" BAdam (Luo et al. 2024, arXiv 2404.02827). A layer
+    that freezes loses its optimizer state; one that thaws begins with none.
+    """
+
+    layers: Positive
+    """Layers that train at the same time."""
+    steps: Positive
+    """Steps until others take their place."""
+    order: Literal["random", "cyclic"] = "random"
+    """"random" draws the layers anew each time, "cyclic" takes them in turn, from the bottom up, again and again."""
+
+    def active(self, layers: list[int], step: int, seed: int) -> list[int]:
+        """The layers that train in step `step`, of those that the stage names; a pure function of its arguments."""
+        size, period = min(self.layers, len(layers)), step // self.steps
+        if self.order == "random":
+            drawn = np.random.default_rng((seed, period)).permutation(len(layers))[:size]
+            return sorted(layers[i] for i in drawn)
+        blocks = [layers[begin : begin + size] for begin in range(0, len(layers), size)]
+        return blocks[period % len(blocks)]
+
+
+class Stage(OptimizerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One stage of training: exactly the parameters that `train` names move, every other stays bit-identical."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_+-]*$")]
     """Names the stage's folder."""
     train: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    """Any of "embed", "head", "norms", "layers.odd", "layers.even", "layers", "all", "lora"."""
+    """Selectors, see `redwhale.engine.selectors.KNOWN`."""
     tokens: Positive
     """Token budget, rounded up to whole steps."""
-    lr: Annotated[float, msgspec.Meta(gt=0)]
+    lr: AboveZero
     """Peak learning rate."""
     schedule: Schedule = "cosine"
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises linearly."""
     min_lr_ratio: Fraction = 0.1
-    """Learning rate at the end over its peak (linear and cosine)."""
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """Decoupled weight decay of matrices; norm weights never decay."""
-    beta1: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.95
-    grad_clip: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Learning rate at the end over its peak (all but "constant")."""
+    decay: Fraction = 0.2
+    """Share of the steps over which "wsd" falls, at the end."""
     lora: LoRAConfig = LoRAConfig()
+    blocks: BlockSchedule | None = None
+    """Train a few of the named layers at a time."""
+    inherit: bool = False
+    """Go on with the optimizer state of the parameters that the stage before trained too; else all begins anew."""
+    batch_size: Positive | None = None
+    """Sequences in a global batch; None, here and in the next three, for what the loop says."""
+    micro_batch_size: Positive | None = None
+    activations: Activations | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_selectors(self.train)
+        if self.blocks is not None and not any(selector.startswith("layers") for selector in self.train):
+            raise ValueError(f"blocks need layers to choose from, but {' + '.join(self.train)} names none as such")
 
     def steps(self, batch_size: int, sequence_length: int) -> int:
         """Steps that the token budget takes with batches of `batch_size` sequences."""
         return math.ceil(self.tokens / (batch_size * sequence_length))
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Share of every peak learning rate in step `step` (0-based) of `steps`."""
+        shape = {"warmup": self.warmup, "min_lr_ratio": self.min_lr_ratio, "decay": self.decay}
+        return learning_rate_factor(self.schedule, step, steps, **shape)
+
+    def active(self, names: list[str], step: int, seed: int) -> list[str]:
+        """Those of the trained parameters `names` that train in step `step`."""
+        if self.blocks is None:
+            return names
+        layers = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+        active = set(self.blocks.active(layers, step, seed))
+        return [name for name in names if (layer := layer_index(name)) is None or layer in active]
 
     @property
     def uses_lora(self) -> bool:
@@ -82,73 +129,3 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def trains_adapters_alone(self) -> bool:
         return set(self.train) == {"lora"}
-
-
-def _layer_index(name: str) -> int | None:
-    """Index of the decoder layer a parameter belongs to, from its whole path component (never a prefix)."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
-
-
-def _is_adapter(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B"))
-
-
-SELECTORS = {
-    "embed": lambda name: name == "model.embed_tokens.weight",
-    "head": lambda name: name.startswith("lm_head."),
-    "norms": lambda name: name.split(".")[-2].endswith("norm"),
-    # Layers count from 0, as in checkpoints: layers.odd is layers 1, 3, 5, …
-    "layers.odd": lambda name: (layer := _layer_index(name)) is not None and layer % 2 == 1,
-    "layers.even": lambda name: (layer := _layer_index(name)) is not None and layer % 2 == 0,
-    "layers": lambda name: _layer_index(name) is not None,
-    "all": lambda name: True,
-    "lora": _is_adapter,
-}
-"""What a stage may name, and which parameters that is. Adapters belong to "lora" alone."""
-
-
-def check_selectors(train: Sequence[str]) -> None:
-    """Raise ValueError for an unknown selector, or for adapters trained together with what they adapt."""
-    for selector in train:
-        if selector not in SELECTORS:
-            raise ValueError(f"cannot train {selector!r}; known: {', '.join(SELECTORS)}")
-    if "lora" in train and any(selector.split(".")[0] in ("layers", "all") for selector in train):
-        raise ValueError("'lora' cannot be trained together with the layers it adapts; choose one")
-
-
-def select_parameters(model: Llama, train: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that `train` names, by name, in model order.
-
-    A tied head is the embedding: "head" then selects the shared matrix.
-
-    Raises:
-        RecipeError: for an unknown selector, or one that selects nothing in this model.
-    """
-    tied = model.config.tie_word_embeddings
-    selected: dict[str, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for selector in train:
-        if selector not in SELECTORS:
-            raise RecipeError(f"unknown selector {selector!r}; known: {', '.join(SELECTORS)}")
-        matches = SELECTORS["embed" if tied and selector == "head" else selector]
-        found = {n: p for n, p in parameters.items() if matches(n) and (_is_adapter(n) == (selector == "lora"))}
-        if not found:
-            raise RecipeError(f"{selector!r} selects no parameter of this model")
-        selected.update(found)
-    return {name: parameter for name, parameter in parameters.items() if name in selected}
-
-
-def learning_rate(stage: Stage, step: int, steps: int) -> float:
-    """Learning rate of step `step` (0-based) of `steps`: linear warm-up, then the stage's schedule.
-
-    The last step still trains: it gets lr · min_lr_ratio (linear, cosine), not less.
-    """
-    warmup_steps = math.ceil(stage.warmup * steps)
-    if step < warmup_steps:
-        return stage.lr * (step + 1) / warmup_steps
-    if stage.schedule == "constant":
-        return stage.lr
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    shape = 1.0 - progress if stage.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return stage.lr * (stage.min_lr_ratio + (1.0 - stage.min_lr_ratio) * shape)

@@ -1,52 +1,35 @@
-"""The training loop of one stage: exact accumulation, checkpoints, resume, metrics."""
+"""The training loop of one stage: exact accumulation, checkpoints, resume, validation, metrics."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
+import gc
 import math
-import os
-import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model import Llama, add_lora, merge_lora, save_adapter
+from ..model import merge_lora, save_adapter
 from .batches import BatchLoader, SequenceSource
+from .checkpoints import CheckpointStore
 from .errors import Interrupted, TrainingError
-from .evaluation import LossResult, evaluate_loss
-from .optimizer import MasterAdamW
+from .evaluation import LossResult, ValidationSet, evaluate_loss
+from .flops import device_peak_flops
+from .loop_config import LoopConfig
+from .losses import LossFunction, next_token_loss
+from .prefetch import prefetched
+from .profiling import profiled
 from .progress import Progress
-from .stages import Positive, Stage, learning_rate, select_parameters
-from .training_state import load_training_state, save_training_state
-
-Activations = Literal["none", "full"]
-
-
-class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the loop runs, the same for every stage."""
-
-    batch_size: Positive = 16
-    """Sequences in a global batch."""
-    micro_batch_size: Positive = 4
-    """Most sequences in one forward pass; changes memory and speed, not what is computed."""
-    activations: Activations = "none"
-    """"none" keeps what backward needs; "full" keeps each layer's input and recomputes the rest."""
-    log_every: Positive = 10
-    """Steps between two lines of metrics."""
-    checkpoint_every: Positive = 100
-    """Steps between two resumable states."""
-    validate_every: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Steps between two validations; 0 validates before and after the stage only."""
-
+from .stages import Stage
+from .stop_signal import stop_signal
+from .telemetry import Telemetry, Throughput, memory
+from .train_step import TrainStep
 
 _DEFAULT_LOOP = LoopConfig()
 
@@ -58,10 +41,39 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     tokens: int
     """Tokens of all global batches, predicted or not, every sequence counted as full."""
+    corpora: dict[str, int]
+    """Those tokens by corpus."""
     trained_parameters: int
+    skipped_steps: int
+    """Steps whose loss or gradient was out of bounds."""
+    best_step: int | None
+    """Step of the best validation, with `keep_best` the one whose weights the stage ends with."""
     seconds: float
-    before: LossResult | None
-    after: LossResult | None
+    before: dict[str, LossResult]
+    """By validation set."""
+    after: dict[str, LossResult]
+
+    @property
+    def loss_before(self) -> float | None:
+        """Loss before the stage on the first validation set, if there is one."""
+        return next((result.loss for result in self.before.values()), None)
+
+    @property
+    def loss_after(self) -> float | None:
+        """The same after the stage."""
+        return next((result.loss for result in self.after.values()), None)
+
+
+class _Running(msgspec.Struct, kw_only=True):
+    """What a resumed run needs to know beside tensors; it goes into every checkpoint."""
+
+    step: int = 0
+    before: dict[str, LossResult] = {}
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+    best_loss: float = math.inf
+    best_step: int | None = None
+    worse_validations: int = 0
 
 
 class Trainer:
@@ -70,17 +82,25 @@ class Trainer:
     Args:
         model: changed in place; its dtype (fp32 or bf16) is the precision of the forward pass.
         stage: what trains, for how long and at which learning rate.
-        data: training sequences, such as `PackedSequences`.
+        data: training sequences, such as `PackedSequences`, or a mix of corpora.
         sequence_length: tokens of a full sequence, which turns the token budget into steps.
         folder: receives `metrics.jsonl`, the resumable states and, if the stage trains adapters alone, `adapter`,
             a copy of them that peft can put on the model that the stage began with.
-        loop: batch sizes and intervals.
-        seed: of the data order and of the adapters.
+        loop: batch sizes, memory, intervals; what the stage itself says of these goes first.
+        seed: of the data order, adapters, dropout, blocks and stochastic rounding.
         first_sequence: sequences that earlier stages have used up.
-        validation: sequences for the loss before and after, or None.
-        validation_bytes: UTF-8 bytes of the validation text, for bits per byte.
+        first_new_row: first row of the extended vocabulary, for the selectors "embed.new" and "head.new".
+        validation: held-out sets by name; the first one decides which step is best.
+        loss: of the model on a batch, in training and validation; by default the model's own `loss` with the loop's
+            z-loss.
+        inherited: optimizer state of the stage before, of `optimizer.state_tensors()`, for a stage with `inherit`.
         base_model_name: where the model came from, for whoever takes the adapters to peft.
+        on_step: called with the trainer and the number of steps done, after each; must not change the model.
         on_log: called with every line of metrics.
+
+    Raises:
+        RecipeError: if the stage names what this model does not have.
+        TrainingError: if something that the loop asks for is not installed.
 
     Example:
         shards = TokenShards.open(folder, "train")
@@ -89,7 +109,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Llama,
+        model: nn.Module,
         stage: Stage,
         data: SequenceSource,
         *,
@@ -98,34 +118,44 @@ class Trainer:
         loop: LoopConfig = _DEFAULT_LOOP,
         seed: int = 0,
         first_sequence: int = 0,
-        validation: SequenceSource | None = None,
-        validation_bytes: int | None = None,
+        first_new_row: int | None = None,
+        validation: Mapping[str, ValidationSet] | None = None,
+        loss: LossFunction | None = None,
+        inherited: Mapping[str, Tensor] | None = None,
         base_model_name: str | None = None,
+        on_step: Callable[[Trainer, int], None] | None = None,
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.stage, self.loop, self.seed = model, stage, loop, seed
+        self.model, self.stage = model, stage
+        self.loop = loop_of(stage, loop)
         self.folder = Path(folder)
         self.sequence_length = sequence_length
-        self.steps = stage.steps(loop.batch_size, sequence_length)
-        self.validation, self.validation_bytes = validation, validation_bytes
+        self.steps = stage.steps(self.loop.batch_size, sequence_length)
+        self.validation = dict(validation or {})
+        self.validation_loss = loss or next_token_loss
         self.base_model_name = base_model_name
-        self.on_log = on_log
-        self.device = model.lm_head.weight.device
+        self.on_step, self.on_log = on_step, on_log
+        self.train_step = TrainStep(
+            model,
+            stage,
+            self.loop,
+            steps=self.steps,
+            loss=loss or functools.partial(next_token_loss, z_loss=self.loop.z_loss),
+            seed=seed,
+            first_new_row=first_new_row,
+        )
+        self.device = self.train_step.device
         self.loader = BatchLoader(
             data,
-            batch_size=loop.batch_size,
-            micro_batch_size=loop.micro_batch_size,
+            batch_size=self.loop.batch_size,
+            micro_batch_size=self.loop.micro_batch_size,
             seed=seed,
             first_sequence=first_sequence,
             device=self.device,
         )
-        if stage.uses_lora:
-            add_lora(model, **msgspec.structs.asdict(stage.lora), seed=seed)
-        trained = select_parameters(model, stage.train)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        model.train().model.recompute_layers = loop.activations == "full"
-        self.optimizer = MasterAdamW(trained, stage)
+        if stage.inherit and inherited is not None:
+            self.train_step.optimizer.inherit(inherited)
+        self._running = _Running()
 
     def run(self) -> StageResult:
         """Train to the end of the stage, going on from the latest saved state in the folder.
@@ -134,10 +164,12 @@ class Trainer:
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
-            TrainingError: when the loss or the gradient stops being finite, or the GPU's memory is too small.
+            TrainingError: when too many steps in a row have a loss or a gradient out of bounds, or the GPU's memory is
+                too small.
         """
         try:
-            return self._run()
+            with _no_garbage_collection():
+                return self._run()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"stage {self.stage.name!r} does not fit the GPU's memory ({str(error).partition('. GPU')[0]}): lower "
@@ -146,199 +178,192 @@ class Trainer:
 
     def _run(self) -> StageResult:
         self.folder.mkdir(parents=True, exist_ok=True)
-        first_step, state = self._resume()
-        before = state["before"]
-        began = time.monotonic() - state["seconds"]
-        loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=self.device)
-        targets_seen, norm = state["targets_seen"], None
-        last_log, last_log_tokens = time.monotonic(), first_step * self._tokens_per_step
-
-        with (
-            _stop_signal() as stop,
-            open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as metrics,
-            Progress(f"train {self.stage.name}", self._total_tokens, "tok", first_step * self._tokens_per_step) as bar,
-        ):
-            if before is None and self.validation is not None:
-                before = self._validate()
-                self._log(metrics, step=0, **_validation_fields(before))
-            for step in range(first_step, self.steps):
-                step_loss, num_targets = self._forward_backward(step)
-                lr = learning_rate(self.stage, step, self.steps)
-                norm = self.optimizer.step(lr)
-                loss_sum += step_loss
-                targets_seen += num_targets
+        loop = self.loop
+        with contextlib.ExitStack() as stack:
+            self._telemetry = stack.enter_context(
+                Telemetry(self.folder, trackers=loop.trackers, run_name=self.stage.name)
+            )
+            self._store = stack.enter_context(
+                CheckpointStore(self.folder / "states", keep_last=loop.keep_last, keep_best=loop.keep_best)
+            )
+            stop = stack.enter_context(stop_signal())
+            running = self._running = self._resume()
+            done = running.step
+            self._began = time.monotonic() - running.seconds
+            peak = device_peak_flops(self.device, next(self.model.parameters()).dtype)
+            total, before = self._tokens(self.steps), self._tokens(done)
+            self._throughput = Throughput(total, done_tokens=before, peak_flops=peak)
+            if not running.before and self.validation:
+                running.before = self._validate(0)
+            self._bar = stack.enter_context(
+                Progress(f"train {self.stage.name}", self._tokens(self.steps), "tok", self._tokens(done))
+            )
+            profiler = stack.enter_context(profiled(self.folder, loop.profile))
+            last = done if self._stopped_early else self.steps
+            batches = stack.enter_context(contextlib.closing(prefetched(self.loader, range(done, last))))
+            for step, micro_batches in batches:
+                self.train_step.take(step, micro_batches, self.loader.num_targets(step))
+                profiler.step()
                 done = step + 1
-                if done % self.loop.log_every == 0 or done == self.steps:
-                    loss = float(loss_sum) / max(1, targets_seen)
-                    self._check_finite("loss", loss, done)
-                    self._check_finite("gradient norm", float(norm), done)
-                    now = time.monotonic()
-                    rate = (done * self._tokens_per_step - last_log_tokens) / max(1e-9, now - last_log)
-                    fields = {"loss": loss, "lr": lr, "grad_norm": float(norm), "tokens_per_second": round(rate, 1)}
-                    self._log(metrics, step=done, **fields, seconds=round(now - began, 3))
-                    bar.update(done * self._tokens_per_step - last_log_tokens, loss=f"{loss:.4f}")
-                    last_log, last_log_tokens = now, done * self._tokens_per_step
-                    loss_sum.zero_()
-                    targets_seen = 0
-                if self.loop.validate_every and done % self.loop.validate_every == 0 and done < self.steps:
-                    self._log(metrics, step=done, **_validation_fields(self._validate()))
-                if stop.signal is not None or (done % self.loop.checkpoint_every == 0 and done < self.steps):
-                    # A state that is not finite must not take the place of one that is.
-                    self._check_finite("loss", float(loss_sum), done)
-                    self._check_finite("gradient norm", float(norm), done)
-                    self._save(metrics, done, before, time.monotonic() - began, float(loss_sum), targets_seen)
-                if stop.signal is not None:
-                    raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {done}")
+                if self.on_step is not None:
+                    self.on_step(self, done)
+                if done % loop.log_every == 0 or done == self.steps:
+                    self._log_training(done)
+                if loop.validate_every and done % loop.validate_every == 0 and done < self.steps:
+                    self._compare(done, self._validate(done))
+                if stop.number is not None or (done % loop.checkpoint_every == 0 and done < self.steps):
+                    self._save(done, wait=stop.number is not None)
+                if stop.number is not None:
+                    raise Interrupted(stop.number, f"stage {self.stage.name!r} is saved at step {done}")
+                if self._stopped_early:
+                    break
 
-            trained_parameters = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
+            if loop.keep_best:
+                self._restore_best(done)
             if self.stage.trains_adapters_alone:
                 save_adapter(self.model, self.folder / "adapter", base_model_name=self.base_model_name)
+            trained_parameters = sum(parameter.numel() for parameter in self.train_step.trained.values())
             if self.stage.uses_lora:
                 merge_lora(self.model)
-            after = self._validate() if self.validation is not None else None
-            if stop.signal is not None:  # trained but not yet written: a resumed run has no step left to do
-                self._save(metrics, self.steps, before, time.monotonic() - began, 0.0, 0)
-                raise Interrupted(stop.signal, f"stage {self.stage.name!r} is saved at step {self.steps}")
-            if after is not None:
-                self._check_finite("validation loss", after.loss, self.steps)
-                self._log(metrics, step=self.steps, **_validation_fields(after))
+            after = self._validate(done) if self.validation else {}
+            if stop.number is not None:  # trained but not yet written: a resumed run has no step left to do
+                self._save(done, wait=True)
+                raise Interrupted(stop.number, f"stage {self.stage.name!r} is saved at step {done}")
         return StageResult(
             name=self.stage.name,
-            steps=self.steps,
-            tokens=self._total_tokens,
+            steps=done,
+            tokens=self._tokens(done),
+            corpora=self._corpora(done),
             trained_parameters=trained_parameters,
-            seconds=time.monotonic() - began,
-            before=before,
+            skipped_steps=self.train_step.guard.report().skipped,
+            best_step=running.best_step,
+            seconds=time.monotonic() - self._began,
+            before=running.before,
             after=after,
         )
 
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.loop.batch_size * self.sequence_length
+    # Validation.
 
-    @property
-    def _total_tokens(self) -> int:
-        return self.steps * self._tokens_per_step
-
-    def _forward_backward(self, step: int) -> tuple[Tensor, int]:
-        """Gradients of one global batch; returns its summed loss, on the device, and its target count."""
-        micro_batches = self.loader.micro_batches(step)
-        # Every token of the global batch weighs the same, however the micro-batches divide them.
-        num_targets = sum(batch.num_targets for batch in micro_batches)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._random_numbers_of(step):
-            for batch in micro_batches:
-                output = self.model.loss(batch.input_ids, batch.targets, batch.documents)
-                (output.loss_sum / max(1, num_targets)).backward()
-                self.optimizer.accumulate()
-                loss_sum += output.loss_sum.detach()
-        return loss_sum, num_targets
-
-    @contextlib.contextmanager
-    def _random_numbers_of(self, step: int) -> Iterator[None]:
-        """Make dropout a pure function of (seed, step), so that a resumed run draws what an unbroken one does."""
-        if not (self.stage.uses_lora and self.stage.lora.dropout):
-            yield
-            return
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # Mixed, because the CPU's generator looks at 32 bits of its seed alone.
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
-            yield
-
-    def _validate(self) -> LossResult:
-        assert self.validation is not None
-        size = self.loop.micro_batch_size
+    def _validate(self, step: int) -> dict[str, LossResult]:
+        """Loss on every validation set, written to the metrics."""
         self.model.eval()
-        result = evaluate_loss(self.model, self.validation, batch_size=size, text_bytes=self.validation_bytes)
-        self.model.train()
-        return result
-
-    def _check_finite(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {what} of stage {self.stage.name!r} is {value} at step {step}: lower its learning rate "
-                f"(lr = {self.stage.lr:g}) or look at the data of the last {self.loop.log_every} steps"
+        results = {
+            name: evaluate_loss(
+                self.model,
+                held_out.source,
+                batch_size=self.loop.micro_batch_size,
+                text_bytes=held_out.text_bytes,
+                loss=self.validation_loss,
             )
+            for name, held_out in self.validation.items()
+        }
+        self.model.train()
+        self._throughput.restart()
+        self._log(step, {"validation": msgspec.to_builtins(results)})
+        return results
 
-    def _log(self, metrics, *, step: int, **fields: Any) -> None:
-        line = {"stage": self.stage.name, "step": step, "tokens": step * self._tokens_per_step, **fields}
-        line["peak_memory_bytes"] = _peak_memory_bytes(self.device)
-        metrics.write(json.dumps(line) + "\n")
-        metrics.flush()
+    def _compare(self, step: int, results: Mapping[str, LossResult]) -> None:
+        """Remember the best validation, and keep its weights if they are asked for."""
+        loss = next((result.loss for result in results.values()), math.inf)
+        running = self._running
+        if loss < running.best_loss:
+            running.best_loss, running.best_step, running.worse_validations = loss, step, 0
+            if self.loop.keep_best:
+                self._save(step, score=loss)
+        else:
+            running.worse_validations += 1
+
+    @property
+    def _stopped_early(self) -> bool:
+        return 0 < self.loop.patience <= self._running.worse_validations
+
+    def _restore_best(self, step: int) -> None:
+        """Go back to the weights of the best validation, unless those of now are better."""
+        best = self._running.best_step
+        if best is None or best == step:
+            return
+        self._compare(step, self._validate(step))
+        if self._running.best_step != step and (loaded := self._store.load(best)) is not None:
+            self.train_step.load_state_tensors(loaded[0], best)
+
+    # Checkpoints.
+
+    def inheritance(self) -> dict[str, Tensor]:
+        """Optimizer state for a next stage with `inherit`: of all but adapters, which end with their stage."""
+        state = self.train_step.optimizer.state_tensors()
+        return {name: tensor for name, tensor in state.items() if not name.endswith((".lora_A", ".lora_B"))}
+
+    def _resume(self) -> _Running:
+        """Load the latest state, if there is one."""
+        loaded = self._store.load()
+        if loaded is None:
+            self._telemetry.resume(0, 0)
+            return _Running()
+        tensors, state = loaded
+        running = msgspec.convert(state, _Running)
+        self.train_step.load_state_tensors(tensors, running.step)
+        self._telemetry.resume(running.metrics_bytes, running.step)
+        return running
+
+    def _save(self, step: int, *, score: float | None = None, wait: bool = False) -> None:
+        running = self._running
+        running.step, running.seconds = step, time.monotonic() - self._began
+        running.metrics_bytes = self._telemetry.position()
+        state = msgspec.to_builtins(running)
+        self._store.save(step, self.train_step.state_tensors(), state, score=score, wait=wait)
+        gc.collect()
+
+    # Metrics.
+
+    def _tokens(self, steps: int) -> int:
+        return steps * self.loop.batch_size * self.sequence_length
+
+    def _sequences(self, step: int) -> dict[str, int]:
+        """By corpus, sequences that this stage and those before it have used before `step`."""
+        return {name: place.sequences for name, place in self.loader.position(step).items()}
+
+    def _corpora(self, steps: int) -> dict[str, int]:
+        begin, end = self._sequences(0), self._sequences(steps)
+        return {name: (end[name] - begin[name]) * self.sequence_length for name in end}
+
+    def _log_training(self, step: int) -> None:
+        stage, sums, guard = self.stage, self.train_step.drain(), self.train_step.guard.report()
+        if guard.first_step is not None and guard.consecutive >= self.loop.most_skipped:
+            begin, end = (self._sequences(at) for at in (guard.first_step, step))
+            raise TrainingError(guard.sentence(stage.name, lr=stage.lr, begin=begin, end=end))
+        tokens = self._tokens(step) - self._throughput.done_tokens
+        fields: dict[str, Any] = {}
+        if sums.targets:  # not all steps were skipped
+            fields = {"loss": sums.nats / sums.targets, "lse": sums.lse / sums.targets}
+        fields |= {"lr": stage.lr * stage.lr_factor(step - 1, self.steps), "grad_norm": float(self.train_step.norm)}
+        fields |= self._throughput.update(tokens, sums.flops)
+        position = {name: place._asdict() for name, place in self.loader.position(step).items()}
+        fields |= {"skipped_steps": guard.skipped, "position": position}
+        self._log(step, {**fields, "seconds": time.monotonic() - self._began})
+        self._bar.update(tokens, **({"loss": f"{fields['loss']:.4f}"} if sums.targets else {}))
+
+    def _log(self, step: int, fields: Mapping[str, Any]) -> None:
+        line = {"stage": self.stage.name, "step": step, "tokens": self._tokens(step), **fields, **memory(self.device)}
+        self._telemetry.log(step, line)
         if self.on_log is not None:
             self.on_log(line)
 
-    def _save(
-        self, metrics, step: int, before: LossResult | None, seconds: float, loss_sum: float, targets: int
-    ) -> None:
-        # The metrics reach the disk before the state that says they were written.
-        os.fsync(metrics.fileno())
-        state = {
-            "before": msgspec.to_builtins(before),
-            "seconds": seconds,
-            "loss_sum": loss_sum,
-            "targets_seen": targets,
-            "metrics_bytes": metrics.tell(),
-        }
-        save_training_state(self._states, step, self.optimizer.state_tensors(), state)
 
-    @property
-    def _states(self) -> Path:
-        return self.folder / "states"
-
-    def _resume(self) -> tuple[int, dict[str, Any]]:
-        """Load the latest state; returns the step to go on with and the running values."""
-        metrics = self.folder / "metrics.jsonl"
-        loaded = load_training_state(self._states)
-        if loaded is None:
-            metrics.unlink(missing_ok=True)
-            return 0, {"before": None, "seconds": 0.0, "loss_sum": 0.0, "targets_seen": 0}
-        tensors, state = loaded
-        self.optimizer.load_state_tensors(tensors)
-        # Lines behind the saved state belong to steps that are about to be repeated.
-        os.truncate(metrics, state["metrics_bytes"])
-        if state["before"] is not None:
-            state["before"] = msgspec.convert(state["before"], LossResult)
-        return state["step"], state
-
-
-def _validation_fields(result: LossResult) -> dict[str, Any]:
-    return {
-        "validation_loss": result.loss,
-        "validation_accuracy": result.accuracy,
-        "validation_bits_per_byte": result.bits_per_byte,
-    }
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Stop:
-    signal: int | None = None
+def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
+    """The loop with what the stage itself says of it."""
+    names = ("batch_size", "micro_batch_size", "activations")
+    own = {name: value for name in names if (value := getattr(stage, name)) is not None}
+    return msgspec.structs.replace(loop, **own)
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into a flag, so that a step and its checkpoint end whole.
-
-    Signals can only be caught in the main thread; elsewhere the flag is never set.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if stop.signal is not None:  # asked twice: do not wait for the step
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python's collector out of the steps, where it stops the launches of kernels; checkpoints call it."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if enabled:
+            gc.enable()

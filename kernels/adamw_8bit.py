@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Backend, use_triton
+from .bf16_masters import fp32_masters, store_nearest_, store_stochastic_
 from .launch import ceil_div, kernel_op, launch, tl, triton
 from .minifloat import (
     BLOCK,
@@ -60,7 +61,6 @@ _TILE = _TILE_BLOCKS * BLOCK
 """Entries that a program updates."""
 _CHUNK = 2**20
 """Entries that the PyTorch backend updates at a time: they take about 100 bytes each meanwhile."""
-_NAN = 0x7FC00000
 
 
 class MomentCodes(NamedTuple):
@@ -212,6 +212,9 @@ def _adamw_8bit(
     FP32_WEIGHTS: tl.constexpr, MASTERS: tl.constexpr, FP32_GRADS: tl.constexpr, HAS_SCALE: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
+    if HAS_SCALE:  # noqa: SIM102 — Triton evaluates both sides of an `and`
+        if tl.load(scale) != tl.load(scale):
+            return
     program = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + program).to(tl.int64)
     row = table + owner * 12
@@ -288,6 +291,7 @@ def _torch_update(
 ) -> None:
     beta1, one_minus_beta1, beta2, one_minus_beta2, decay, rate, correction, eps = settings.factors()
     weights, grads = param.view(-1), grad.view(-1)
+    skip = None if scale is None else scale.isnan()
     for begin in range(0, param.numel(), _CHUNK):
         part, blocks = slice(begin, begin + _CHUNK), slice(begin // BLOCK, (begin + _CHUNK) // BLOCK)
         g, entries = grads[part].float(), len(grads[part])
@@ -302,7 +306,9 @@ def _torch_update(
         # On a CPU, torch's fp32 square root may be off by a bit; that of float64 rounds to the right one.
         root = root.double().sqrt().float()
         change = _blocks(weight) * decay + first * rate / (root * correction + eps)
-        weight = weight - change.view(-1)[:entries]
+        new_weight = weight - change.view(-1)[:entries]
+        # Unchanged masters are rounded to the weights they came from.
+        weight = new_weight if skip is None else torch.where(skip, weight, new_weight)
 
         words = torch_random_words(settings.seed, settings.number, begin, first.numel(), 0, grad.device).view(-1, BLOCK)
         for values, dither, bits, kept, exponents in (
@@ -310,32 +316,25 @@ def _torch_update(
             (root, words, _ROOT, codes.root, codes.root_exponents),
         ):
             new, new_exponents = torch_encode(values, torch_dither(dither, settings.step), *bits)
-            kept[part] = new.view(-1)[:entries]
-            exponents[blocks] = new_exponents.view(-1)
+            _keep_or_put(kept[part], new.view(-1)[:entries], skip)
+            _keep_or_put(exponents[blocks], new_exponents.view(-1), skip)
 
         if param.dtype == torch.float32:
             weights[part] = weight
-            continue
-        bits = weight.view(torch.int32).masked_fill(weight.isnan(), _NAN)
-        if len(codes.low):
-            high = (bits + 0x8000) >> 16
-            codes.low[part] = (bits - (high << 16)).to(torch.int16)
+        elif len(codes.low):
+            store_nearest_(weights[part], weight, codes.low[part])
         else:
-            words = torch_random_words(settings.seed, settings.number, begin, first.numel(), 1, grad.device)[:entries]
-            high = (bits + (torch_dither(words, settings.step) >> 16).int()) >> 16
-        weights[part] = high.to(torch.int16).view(torch.bfloat16)
+            counter = {"seed": settings.seed, "number": settings.number, "step": settings.step, "first": begin}
+            store_stochastic_(weights[part], weight, **counter)
+
+
+def _keep_or_put(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    kept.copy_(new if skip is None else torch.where(skip, kept, new))
 
 
 def _blocks(entries: Tensor) -> Tensor:
     """[blocks, 256] of flat `entries`, with zeros behind the last."""
     return nn.functional.pad(entries, (0, -len(entries) % BLOCK)).view(-1, BLOCK)
-
-
-def fp32_masters(weights: Tensor, low: Tensor) -> Tensor:
-    """fp32 masters of flat weights: exact where there are low halves, else the weights themselves."""
-    if weights.dtype == torch.float32 or not len(low):
-        return weights.float()
-    return ((weights.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
 @torch.no_grad()
@@ -355,7 +354,8 @@ def adamw_8bit_step_(
         grads: of the params' shapes and devices, bf16 or fp32.
         codes: of the moments, as from `MomentCodes.zeros`; overwritten. What `low` holds decides over masters.
         settings: of each tensor.
-        grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1.
+        grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1. If it
+            is NaN, the step changes nothing, weights and codes included.
         backend: see `Backend`; None for the global choice.
 
     Raises:

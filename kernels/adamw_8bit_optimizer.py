@@ -8,8 +8,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .adamw_8bit import AdamWSettings, Masters, MomentCodes, adamw_8bit_step_, check_param, fp32_masters
+from .adamw_8bit import AdamWSettings, Masters, MomentCodes, adamw_8bit_step_, check_param
 from .backend import Backend
+from .bf16_masters import fp32_masters
 
 _STATE_NAMES = dict(
     zip(
@@ -94,7 +95,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss anew and its gradients.
-            grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1.
+            grad_scale: one number on the device that gradients are multiplied by, such as for clipping; None for 1. If
+                it is NaN, weights and moments stay as they are; the step counts all the same.
             gradients: to use instead of the parameters' `grad`, such as fp32 sums of the micro-batches of bf16
                 parameters; parameters that are not in it stay as they are.
 

@@ -184,5 +184,14 @@ class Embedding(nn.Embedding):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return embedding(input, self.weight)
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        trained_rows: Tensor | None = None,
+        first_row: int = 0,
+        weight_grad: Tensor | None = None,
+    ) -> Tensor:
+        """See `embedding`."""
+        options = {"trained_rows": trained_rows, "first_row": first_row, "weight_grad": weight_grad}
+        return embedding(input, self.weight, **options)

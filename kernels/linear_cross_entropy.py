@@ -35,6 +35,8 @@ from .row_range import check_row_range
 
 _GEMM_TILE = 128
 """Tokens in a tile of the GEMMs, of which chunks are multiples where they may be as long."""
+_ADDED_ROWS = 1024
+"""Rows of the weight's gradient that are computed and added at once where the GEMM does not add in fp32."""
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -81,14 +83,16 @@ class _WeightGradient:
         shape = (rows, like.shape[1])
         self.total = torch.empty(shape, dtype=torch.float32, device=like.device)
         self.in_gemm = like.dtype == torch.float32 or (like.is_cuda and _gemm_adds_in_fp32(like.device, like.dtype))
-        self.product = None if self.in_gemm else torch.empty(shape, dtype=like.dtype, device=like.device)
         self.empty = True
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         beta = 0 if self.empty else 1
         if not self.in_gemm:
-            product = torch.mm(gradient.T, x, out=self.product)
-            (self.total.copy_ if self.empty else self.total.add_)(product)
+            # In blocks of rows that stay in the caches: adding bf16 to fp32, PyTorch writes an fp32 copy of it first.
+            for start in range(0, len(self.total), _ADDED_ROWS):
+                part = self.total[start : start + _ADDED_ROWS]
+                product = torch.mm(gradient[:, start : start + _ADDED_ROWS].T, x)
+                (part.copy_ if self.empty else part.add_)(product)
         elif x.dtype == torch.float32:
             torch.addmm(self.total, gradient.T, x, beta=beta, out=self.total)
         else:

@@ -38,8 +38,8 @@ class PackedDocuments:
         lengths = tuple(int(length) for length in lengths if length > 0)
         sizes = torch.tensor(lengths, dtype=torch.int64)
         ends = sizes.cumsum(0)
-        starts = (ends - sizes).repeat_interleave(sizes)
-        position_ids = torch.arange(int(sizes.sum())) - starts
+        position_ids = torch.arange(sum(lengths))
+        position_ids -= (ends - sizes).repeat_interleave(sizes, output_size=len(position_ids))
         cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
         return cls(lengths, cu_seqlens.to(device), position_ids.to(device))
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Embedding, apply_rope
-from .attention import PackedDocuments, packed_attention
+from .attention import PackedDocuments
 from .config import ModelConfig
 from .kv_cache import KeyValueCache
-from .llama import Decoder, Llama
+from .llama import Decoder, Llama, uncompiled_attention
 
 
 class PhiAttention(nn.Module):
@@ -42,7 +42,7 @@ class PhiAttention(nn.Module):
         if cache is not None:
             out_NQD = cache.attend(self.layer, q_NQD, k_NKD, v_NKD, None)
         else:
-            out_NQD = packed_attention(q_NQD, k_NKD, v_NKD, documents)
+            out_NQD = uncompiled_attention(q_NQD, k_NKD, v_NKD, documents)
         return self.dense(out_NQD.flatten(1))
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PhiMLP(nn.Module):
 
 
 class PhiLayer(nn.Module):
-    """x + attention(norm(x)) + MLP(norm(x))."""
+    """x + attention(norm(x)) + MLP(norm(x)). It has no fused operations, so nothing cheap is computed twice."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -72,7 +72,13 @@ class PhiLayer(nn.Module):
         self.mlp = PhiMLP(config)
 
     def forward(
-        self, x_NH: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments, cache: KeyValueCache | None
+        self,
+        x_NH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: PackedDocuments,
+        cache: KeyValueCache | None,
+        recompute: bool = True,
     ) -> Tensor:
         normalised = self.input_layernorm(x_NH)
         return self.self_attn(normalised, cos, sin, documents, cache) + self.mlp(normalised) + x_NH
@@ -87,7 +93,6 @@ class PhiDecoder(Decoder):
         self.embed_tokens = Embedding(vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(PhiLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute_layers = False
 
     @property
     def norm(self) -> nn.Module:

@@ -6,8 +6,18 @@ import os
 # time. Set before torch is imported, and inherited by the commands that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
+
+import pytest
 import torch
 
 # Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be asked for before they are defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    # Training asks the garbage collector to go through everything; what was imported need not be part of that.
+    gc.collect()
+    gc.freeze()

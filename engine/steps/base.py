@@ -11,6 +11,7 @@ from ...filtering import find_inputs
 from ...model import Llama, ModelConfig, save_model
 from ...tokenizer import Tokenizer, export_hf_tokenizer, load_model_proto
 from ..batches import PackedSequences
+from ..evaluation import ValidationSet
 from ..packing import pack_texts
 from ..run_folder import StepResult
 from ..shards import TokenShards
@@ -54,6 +55,9 @@ def pretrain(context: Context, folder: Path) -> StepResult:
     train = TokenShards.open(shards, "train")
     validation = TokenShards.open(shards, "validation") if "validation" in packed else None
 
+    sets = {}
+    if validation is not None:
+        sets["heldout"] = ValidationSet(PackedSequences(validation, config.sequence_length), validation.text_bytes)
     model_config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=config.hidden_size,
@@ -78,8 +82,7 @@ def pretrain(context: Context, folder: Path) -> StepResult:
         folder=folder,
         loop=config,
         seed=context.recipe.seed,
-        validation=PackedSequences(validation, config.sequence_length) if validation else None,
-        validation_bytes=validation.text_bytes if validation else None,
+        validation=sets,
     )
     result = trainer.run()
     export_hf_tokenizer(load_model_proto(context.base_tokenizer), folder / "tokenizer")
@@ -91,6 +94,6 @@ def pretrain(context: Context, folder: Path) -> StepResult:
         went_in=f"{train.tokens:,} tokens, seen {result.tokens / train.tokens:.1f} times",
         came_out=f"{parameters / 1e6:.1f}M-parameter model, vocabulary {tokenizer.vocab_size:,}",
         scratch=("states", "shards", "tokenizer"),
-        before=result.before.loss if result.before else None,
-        after=result.after.loss if result.after else None,
+        before=result.loss_before,
+        after=result.loss_after,
     )

@@ -15,12 +15,12 @@ from ...model import Llama, load_model, read_config
 from ...tokenizer import Tokenizer, load_model_proto
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, RecipeError
+from ..loop_config import RESULT_NEUTRAL, LoopConfig
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import RunFolder, StepResult
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_DOES_NOT_CHANGE_RESULTS = {"workers", "threads", "log_every", "checkpoint_every", "validate_every"}
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Context:
     def stage_name(self, index: int) -> str:
         """Folder of stage `index`, such as train/1-embed+head."""
         assert self.recipe.train is not None
-        return f"train/{index + 1}-{self.recipe.train.stages[index].name}"
+        return f"train/{index + 1}-{self.recipe.train.all_stages[index].name}"
 
     @property
     def trained_model(self) -> Path:
         if self.recipe.train is None:
             return self.initial_model
-        return self.run.path / self.stage_name(len(self.recipe.train.stages) - 1) / "model"
+        return self.run.path / self.stage_name(len(self.recipe.train.all_stages) - 1) / "model"
 
     @property
     def final_model(self) -> Path:
@@ -112,10 +112,10 @@ class Context:
         """The tokenizer's files, to lie beside every checkpoint."""
         return [path for name in _TOKENIZER_FILES if (path := self.tokenizer_folder / name).exists()]
 
-    def load(self, folder: Path, tokenizer: Tokenizer) -> Llama:
-        """A checkpoint on the run's device and in its precision; it must have a row for every piece."""
+    def load(self, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> Llama:
+        """A checkpoint on the run's device, in its precision or another; it must have a row for every piece."""
         check_rows(folder, tokenizer)
-        return load_model(folder, device=self.device, dtype=self.dtype)
+        return load_model(folder, device=self.device, dtype=dtype or self.dtype)
 
     def corpus_files(self, split: str) -> list[Path]:
         """The filtered corpus, in order; `split` is "train" or "validation"."""
@@ -174,7 +174,7 @@ class Context:
     def trained_hashes(self) -> dict[str, str]:
         if self.recipe.train is None:
             return self.initial_hashes()
-        name = self.stage_name(len(self.recipe.train.stages) - 1)
+        name = self.stage_name(len(self.recipe.train.all_stages) - 1)
         return {name: self.outputs_digest(name)}
 
     def final_hashes(self) -> dict[str, str]:
@@ -236,7 +236,10 @@ def texts_with_progress(label: str, paths: Iterable[Path]) -> Iterator[str]:
 def config_of(section: Any, **more: Any) -> dict[str, Any]:
     """A section as JSON values, without the keys that only change speed or logging."""
     raw = msgspec.to_builtins(section)
-    return {**{key: value for key, value in raw.items() if key not in _DOES_NOT_CHANGE_RESULTS}, **more}
+    neutral = set(RESULT_NEUTRAL)
+    if isinstance(section, LoopConfig) and not (section.patience or section.keep_best):
+        neutral.add("validate_every")
+    return {**{key: value for key, value in raw.items() if key not in neutral}, **more}
 
 
 def model_outputs(folder: Path) -> list[str]:

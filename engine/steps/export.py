@@ -110,7 +110,7 @@ def model_card(context: Context) -> str:
     """A README.md with what the run knows about the model."""
     recipe = context.recipe
     rows = []
-    for index, stage in enumerate(recipe.train.stages if recipe.train else ()):
+    for index, stage in enumerate(recipe.train.all_stages if recipe.train else ()):
         manifest = context.run.step(context.stage_name(index)).manifest()
         if manifest and manifest["before"] is not None:
             rows.append(

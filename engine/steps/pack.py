@@ -1,19 +1,21 @@
-"""Step `pack`: the filtered corpus as memory-mapped token shards."""
+"""Step `pack`: the filtered corpus, and others beside it, as memory-mapped token shards."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from ..errors import ShardError
-from ..packing import pack_texts
+from ...filtering import find_inputs
+from ..errors import RecipeError, ShardError
+from ..packing import pack_files
 from ..progress import Progress, scaled
 from ..run_folder import StepResult
 from ..shards import TokenShards
-from .context import Context, Unit, config_of, first_texts
-
-SPLITS = ("train", "validation")
+from .context import Context, Unit, config_of
 
 
 def units(context: Context) -> list[Unit]:
@@ -23,45 +25,75 @@ def units(context: Context) -> list[Unit]:
         return []
 
     def inputs() -> dict[str, str]:
-        return {"filter": context.outputs_digest("filter"), **context.tokenizer_hashes()}
+        extra = {
+            f"extra.{name}[{place}] {path}": path
+            for name, paths in config.extra.items()
+            for place, path in enumerate(find_inputs(paths))
+        }
+        return {
+            "filter": context.outputs_digest("filter"),
+            **context.tokenizer_hashes(),
+            **context.heldout_hashes(),
+            **dict(zip(extra, context.run.file_hashes(extra.values()), strict=True)),
+        }
 
     def check() -> None:
         context.check_source("filter")
+        context.check_heldout()
+        for domain in context.recipe.heldout:
+            if not re.fullmatch(r"[\w-]+", domain):
+                raise RecipeError(f"held-out domain {domain!r} names shards: use letters, digits, _ and - alone")
+        for paths in config.extra.values():
+            find_inputs(paths)
 
     return [Unit("pack", "pack", config_of(config), inputs, lambda folder: run_pack(context, folder), check)]
 
 
 def run_pack(context: Context, folder: Path) -> StepResult:
-    """Tokenise every corpus file into a shard of its own, going on behind the shards that are already whole."""
+    """Tokenise every corpus into shards, going on behind those that are already whole."""
     config = context.recipe.pack
     assert config is not None
     tokenizer = context.tokenizer()
-    files = {split: context.corpus_files(split) for split in SPLITS}
-    if not files["train"]:
-        raise ShardError("no document of the corpus is left to train on: lower filter.validation_fraction")
-    with Progress("pack", sum(p.stat().st_size for paths in files.values() for p in paths), "B") as progress:
-        for split, paths in files.items():
-            for number, path in enumerate(paths):
-                prefix = folder / f"{split}-{number:05d}"
-                if not prefix.with_name(prefix.name + ".json").exists():
-                    pack_texts(first_texts([path]), tokenizer, prefix, threads=config.threads)
-                progress.update(path.stat().st_size)
-    summary = {}
-    for split, paths in files.items():
-        if not paths:
-            continue
-        shards = TokenShards.open(folder, split, tokenizer_sha256=tokenizer.sha256)
-        summary[split] = {
-            "documents": shards.documents,
-            "tokens": shards.tokens,
-            "text_bytes": shards.text_bytes,
-            "shards": msgspec.to_builtins(shards.manifests),
-        }
-    train = summary["train"]
-    validation = summary.get("validation", {"tokens": 0})
+    corpora = _corpora(context)
+    shards = {
+        folder / f"{name}-{number:05d}": files
+        for name, by_shard in corpora.items()
+        for number, files in enumerate(by_shard)
+    }
+    total = sum(path.stat().st_size for files in shards.values() for path in files)
+    with Progress("pack", total, "B") as progress:
+        pack_files(shards, tokenizer, workers=config.workers, on_bytes=progress.update)
+    summary = {name: _described(folder, name, tokenizer.sha256) for name, by_shard in corpora.items() if by_shard}
+    train, validation = summary["train"], summary.get("validation", {"tokens": 0})
+    others = [f"{scaled(summary[name]['tokens'])} {name}" for name in config.extra]
     return StepResult(
         summary=summary,
-        outputs=sorted(path.name for split in SPLITS for path in folder.glob(f"{split}-*")),
+        outputs=sorted(prefix.name + suffix for prefix in shards for suffix in (".bin", ".idx", ".json")),
         went_in=f"{train['documents']:,} documents, {train['text_bytes'] / 1e6:.1f} MB",
-        came_out=f"{scaled(train['tokens'])} train and {scaled(validation['tokens'])} validation tokens",
+        came_out=", ".join([f"{scaled(train['tokens'])} train", *others])
+        + f" and {scaled(validation['tokens'])} validation tokens",
     )
+
+
+def _corpora(context: Context) -> Mapping[str, list[list[Path]]]:
+    """By name, the files of each shard: one file a shard, but all of a held-out domain in one."""
+    config = context.recipe.pack
+    assert config is not None
+    corpora = {split: [[path] for path in context.corpus_files(split)] for split in ("train", "validation")}
+    if not corpora["train"]:
+        raise ShardError("no document of the corpus is left to train on: lower filter.validation_fraction")
+    corpora |= {name: [[path] for path in find_inputs(paths)] for name, paths in config.extra.items()}
+    corpora |= {f"heldout-{domain}": [find_inputs(paths)] for domain, paths in context.recipe.heldout.items()}
+    return corpora
+
+
+def _described(folder: Path, name: str, tokenizer_sha256: str) -> dict[str, Any]:
+    shards = TokenShards.open(folder, name, tokenizer_sha256=tokenizer_sha256)
+    if shards.documents == 0:
+        raise ShardError(f"corpus {name!r} holds no document: leave it out, or look at its files")
+    return {
+        "documents": shards.documents,
+        "tokens": shards.tokens,
+        "text_bytes": shards.text_bytes,
+        "shards": msgspec.to_builtins(shards.manifests),
+    }

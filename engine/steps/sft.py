@@ -9,6 +9,7 @@ import msgspec
 
 from ...model import save_model
 from ..batches import ExampleSequences
+from ..evaluation import ValidationSet
 from ..run_folder import StepResult
 from ..sft import encode_conversations, read_conversations
 from ..stages import Stage
@@ -46,11 +47,13 @@ def run_sft(context: Context, folder: Path) -> StepResult:
     conversations, problems = read_conversations(config.data)
     examples, too_long = encode_conversations(conversations, tokenizer, config.sequence_length)
     data = ExampleSequences(examples, config.sequence_length, context.recipe.seed)
-    validation = None
+    validation = {}
     if config.heldout:
         heldout, heldout_problems = read_conversations(config.heldout)
         heldout_examples, _ = encode_conversations(heldout, tokenizer, config.sequence_length)
-        validation = ExampleSequences(heldout_examples, config.sequence_length, context.recipe.seed)
+        validation["heldout"] = ValidationSet(
+            ExampleSequences(heldout_examples, config.sequence_length, context.recipe.seed)
+        )
         problems += heldout_problems
     # Even batches, so that the last one reaches as little as possible into another epoch.
     sequences = config.epochs * len(data)
@@ -89,6 +92,6 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         went_in=f"{len(examples):,} conversations, {result.steps} steps",
         came_out=f"{' + '.join(stage.train)} trained, loss on answers only",
         scratch=("states",),
-        before=result.before.loss if result.before else None,
-        after=result.after.loss if result.after else None,
+        before=result.loss_before,
+        after=result.loss_after,
     )

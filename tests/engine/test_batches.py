@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from redwhale.engine.batches import IGNORE_INDEX, Batch, BatchLoader, ExampleSequences, PackedSequences
+from redwhale.engine.batches import (
+    IGNORE_INDEX,
+    Batch,
+    BatchLoader,
+    ExampleSequences,
+    PackedSequences,
+    ShuffledEpochs,
+    num_targets,
+)
+from redwhale.engine.best_fit import best_fit_decreasing
+from redwhale.engine.errors import DataError, RecipeError
 from redwhale.engine.shards import TokenShards, write_shard
 
 
@@ -41,6 +51,9 @@ def test_packing_loses_no_token_and_predicts_every_one_but_the_first_of_a_docume
         assert len(sequence.input_ids) == sequence_length
     for sequence in sequences:
         assert sum(sequence.lengths) == len(sequence.input_ids)
+    assert [packed.num_targets(i) for i in range(len(packed))] == [
+        int((s.targets != IGNORE_INDEX).sum()) for s in sequences
+    ]
     boundaries = set(np.cumsum([len(d) for d in documents]).tolist())
     cuts = set(np.cumsum([n for s in sequences for n in s.lengths]).tolist())
     assert boundaries <= cuts
@@ -86,9 +99,109 @@ def test_micro_batches_hold_the_same_sequences_for_any_size(tmp_path):
     assert tokens[0] == tokens[1] == tokens[2] == tokens[3]
 
 
+def test_empty_documents_take_no_part(tmp_path):
+    packed = PackedSequences(shards_of(tmp_path, [[], [5, 6], [], [], [7, 8, 9], []]), 4)
+    sequences = [packed.sequence(i) for i in range(len(packed))]
+    assert [s.lengths for s in sequences] == [[2, 2], [1]]
+    assert [s.targets.tolist() for s in sequences] == [[6, IGNORE_INDEX, 8, 9], [IGNORE_INDEX]]
+    assert [packed.num_targets(i) for i in range(2)] == [3, 0]
+
+
+def test_the_order_is_numpys_permutation_of_each_epoch():
+    order = ShuffledEpochs(5, (3,))
+    expected = [int(np.random.default_rng((3, place // 5)).permutation(5)[place % 5]) for place in range(23)]
+    assert order.indices(0, 23).tolist() == expected
+    assert order.at(np.array([22, 0, 11])).tolist() == [expected[22], expected[0], expected[11]]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_same_global_batch_in_the_same_order(tmp_path, world_size, micro_batch_size):
+    packed = PackedSequences(shards_of(tmp_path, random_documents()), 8)
+    expected = [packed.sequence(i) for i in BatchLoader(packed, batch_size=8, micro_batch_size=8, seed=0).indices(2)]
+    loaders = [
+        BatchLoader(packed, batch_size=8, micro_batch_size=micro_batch_size, seed=0, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    batches = [batch for loader in loaders for batch in loader.micro_batches(2)]
+    assert torch.cat([b.input_ids for b in batches]).tolist() == [t for s in expected for t in s.input_ids.tolist()]
+    assert torch.cat([b.targets for b in batches]).tolist() == [t for s in expected for t in s.targets.tolist()]
+    assert [n for b in batches for n in b.documents.lengths] == [n for s in expected for n in s.lengths]
+    assert {loader.num_targets(2) for loader in loaders} == {sum(batch.num_targets for batch in batches)}
+    assert all(loader.indices(2) == loaders[0].indices(2) for loader in loaders)
+
+
+def test_ranks_that_cannot_share_evenly_are_refused(tmp_path):
+    packed = PackedSequences(shards_of(tmp_path, random_documents()), 8)
+    with pytest.raises(RecipeError, match="batch_size = 8 must be a multiple of the 3 ranks"):
+        BatchLoader(packed, batch_size=8, micro_batch_size=1, seed=0, world_size=3)
+    with pytest.raises(RecipeError, match=r"rank = 2 must lie in \[0, 2\)"):
+        BatchLoader(packed, batch_size=8, micro_batch_size=1, seed=0, rank=2, world_size=2)
+
+
+def test_the_position_counts_sequences_and_epochs_of_all_stages(tmp_path):
+    packed = PackedSequences(shards_of(tmp_path, random_documents()), 8)
+    loader = BatchLoader(packed, batch_size=4, micro_batch_size=1, seed=0, first_sequence=12)
+    assert loader.position(5) == {"corpus": (32, 32 / len(packed))}
+
+
+def test_targets_of_a_source_that_cannot_tell_are_counted():
+    class Source:
+        def __len__(self):
+            return 1
+
+        def sequence(self, index):
+            return ExampleSequences([([1, 2, 3], [IGNORE_INDEX, 3, 4])], 4, 0).sequence(index)
+
+    assert num_targets(Source(), 0) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 20), max_size=60), capacity=st.integers(20, 40), seed=st.integers(0, 9))
+def test_best_fit_packs_every_item_once_where_no_item_fits_an_earlier_fuller_bin(lengths, capacity, seed):
+    bins = best_fit_decreasing(lengths, capacity, seed)
+    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
+    # Independently: best fit by search through all bins, over sizes alone.
+    rooms: list[int] = []
+    for size in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[min(fitting, key=lambda i: rooms[i])] -= size
+        else:
+            rooms.append(capacity - size)
+    assert sorted(capacity - sum(lengths[i] for i in items) for items in bins) == sorted(rooms)
+
+
+def test_the_seed_decides_ties_and_order_and_nothing_else():
+    lengths = np.random.default_rng(0).integers(1, 64, 500).tolist()
+    packings = [best_fit_decreasing(lengths, 64, seed) for seed in (0, 0, 1)]
+    assert packings[0] == packings[1] != packings[2]
+    assert sorted(sorted(lengths[i] for i in b) for b in packings[0]) == sorted(
+        sorted(lengths[i] for i in b) for b in packings[2]
+    )
+
+
+def test_best_fit_fills_sequences_that_taking_examples_as_they_come_does_not():
+    lengths = np.random.default_rng(0).integers(10, 700, 2000).tolist()
+    examples = ExampleSequences([([1] * n, [1] * n) for n in lengths], 1024, seed=0)
+    next_fit, room = 0, 0
+    for length in lengths:
+        if length > room:
+            next_fit, room = next_fit + 1, 1024
+        room -= length
+    assert examples.fill == sum(lengths) / (1024 * len(examples))
+    assert examples.fill > 0.985
+    assert sum(lengths) / (1024 * next_fit) < 0.8
+
+
+def test_an_example_longer_than_a_sequence_is_refused():
+    with pytest.raises(DataError, match="example 1 has 5 tokens, more than the 4 of a sequence"):
+        ExampleSequences([([1], [1]), ([1] * 5, [1] * 5)], 4, 0)
+
+
 def test_examples_are_packed_whole_and_each_once():
     rng = np.random.default_rng(0)
-    examples = [([i] * int(n), [i] * int(n)) for i, n in enumerate(rng.integers(1, 20, 50))]
+    examples = [([i] * int(n), [IGNORE_INDEX] + [i] * int(n - 1)) for i, n in enumerate(rng.integers(1, 20, 50))]
     packed = ExampleSequences(examples, 32, seed=0)
     seen = []
     for index in range(len(packed)):
@@ -98,7 +211,9 @@ def test_examples_are_packed_whole_and_each_once():
         for begin, end in itertools.pairwise(cuts):
             example = int(sequence.input_ids[begin])
             assert sequence.input_ids[begin:end].tolist() == examples[example][0]
+            assert sequence.targets[begin:end].tolist() == examples[example][1]
             seen.append(example)
+        assert packed.num_targets(index) == int((sequence.targets != IGNORE_INDEX).sum())
     assert sorted(seen) == list(range(50))
 
 
@@ -111,6 +226,7 @@ def test_packed_examples_do_not_see_each_other(neighbour):
     packed_sequence = ExampleSequences([first, other], 16, 0).sequence(0)
     together = Batch.collate([packed_sequence])
     begin = packed_sequence.input_ids.tolist().index(20) - 1
+    assert len(packed_sequence.lengths) == 2
     expected = model.loss(alone.input_ids, alone.targets, alone.documents).token_losses
     actual = model.loss(together.input_ids, together.targets, together.documents).token_losses[begin : begin + 4]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

@@ -19,7 +19,7 @@ def path(tmp_path):
         ("train.stages[1].tokns=5", r"train\.stages\[1\]: Object contains unknown field tokns"),
         ("train.stages[7].lr=1", r"train\.stages has 4 entries, there is no \[7\]"),
         ("train.stages[0].train=[]", r"train\.stages\[0\]\.train"),
-        ('train.stages[0].train=["wings"]', "cannot train 'wings'; known: embed, head"),
+        ('train.stages[0].train=["wings"]', "cannot train 'wings'; known: embed, embed.new, head"),
         ("train.stages[1].name=embed-head", "two stages share a name"),
         ("train.stages[0].warmup=2", r"warmup: Expected float <= 1\.0 \(2\)"),
         ("filter.thresholds.nonsense.minimum=1", "unknown rule 'nonsense'"),

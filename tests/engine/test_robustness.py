@@ -1,6 +1,5 @@
 """Crashes between any two writes, full disks, missing sections, and settings that cannot work."""
 
-import contextlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import torch
 from tiny import TINY, tiny_model
 
 from redwhale.engine import (
+    CheckpointStore,
     LoopConfig,
     PackedSequences,
     Stage,
@@ -30,7 +30,6 @@ from redwhale.engine.errors import RecipeError, RunError, TrainingError
 from redwhale.engine.recipe import apply_override
 from redwhale.engine.run_folder import RunFolder, StepResult
 from redwhale.engine.sft import read_conversations
-from redwhale.engine.training_state import load_training_state, save_training_state
 
 
 class Crash(BaseException):
@@ -132,42 +131,7 @@ def test_a_damaged_hash_cache_only_costs_time(tmp_path):
         assert RunFolder(tmp_path).file_hash(tmp_path / "in.txt") == digest
 
 
-# Training states
-
-
-def test_a_crash_anywhere_in_saving_leaves_a_state_to_go_on_from(tmp_path, monkeypatch):
-    for call in range(1, 20):
-        folder = tmp_path / str(call)
-        save_training_state(folder, 3, {"w": torch.zeros(2)}, {"n": 3})
-        crashed = False
-        with monkeypatch.context() as patch:
-            crash_at(patch, call)
-            try:
-                save_training_state(folder, 6, {"w": torch.ones(2)}, {"n": 6})
-            except Crash:
-                crashed = True
-        loaded = load_training_state(folder)
-        assert loaded is not None
-        assert float(loaded[0]["w"][0]) == {3: 0.0, 6: 1.0}[loaded[1]["step"]]
-        if not crashed:
-            break
-        # Another step comes next: what lay half written is gone, so that it cannot keep a disk full.
-        save_training_state(folder, 7, {"w": torch.ones(2)}, {"n": 7})
-        assert [path.name for path in folder.iterdir()] == ["step-00000007"]
-    assert call > 3
-
-
-def test_saving_a_step_again_never_takes_its_state_away(tmp_path, monkeypatch):
-    save_training_state(tmp_path, 6, {"w": torch.ones(2)}, {})
-    for call in range(1, 10):
-        with monkeypatch.context() as patch:
-            crash_at(patch, call)
-            with contextlib.suppress(Crash):
-                save_training_state(tmp_path, 6, {"w": torch.ones(2)}, {})
-        assert (tmp_path / "step-00000006" / "state.safetensors").exists(), call
-    loaded = load_training_state(tmp_path)
-    assert loaded is not None
-    assert loaded[1]["step"] == 6
+# Training
 
 
 @pytest.fixture
@@ -185,32 +149,37 @@ def make_trainer(model, sequences, folder, **options):
 
 
 def test_weights_that_are_not_finite_never_replace_a_saved_state(tmp_path, sequences):
-    """The gradient of step 5 is not finite, its loss is; the next line of metrics would come at step 8."""
-    training = make_trainer(tiny_model(), sequences, tmp_path / "run", log_every=8, checkpoint_every=1)
-    forward_backward = training._forward_backward
+    """From step 5 on the gradient is not finite, but the loss is."""
+    training = make_trainer(
+        tiny_model(), sequences, tmp_path / "run", log_every=1, checkpoint_every=1, keep_last=9, most_skipped=2
+    )
+    forward_backward = training.train_step.forward_backward
 
-    def poisoned(step):
-        result = forward_backward(step)
-        if step == 4:
+    def poisoned(step, *arguments):
+        result = forward_backward(step, *arguments)
+        if step >= 4:
             training.model.lm_head.weight.grad[0, 0] = float("inf")
         return result
 
-    training._forward_backward = poisoned
-    with pytest.raises(TrainingError, match=r"the gradient norm of stage 's' is inf at step 5"):
+    training.train_step.forward_backward = poisoned
+    with pytest.raises(TrainingError, match=r"skipped its last 2 steps, 5 to 6.*the gradient norm inf"):
         training.run()
-    loaded = load_training_state(tmp_path / "run" / "states")
-    assert loaded is not None
-    assert loaded[1]["step"] == 4
-    assert all(tensor.isfinite().all() for tensor in loaded[0].values())
+    store = CheckpointStore(tmp_path / "run" / "states")
+    assert store.steps() == [1, 2, 3, 4, 5]
+    states = [store.load(step)[0] for step in (4, 5)]
+    names = [name for name in states[0] if name.startswith("optimizer.weight.")]
+    assert names
+    assert all(torch.equal(states[0][name], states[1][name]) for name in names)
+    assert all(bool(tensor.isfinite().all()) for tensor in states[1].values() if tensor.dtype == torch.float32)
 
 
 def test_too_little_gpu_memory_is_one_sentence(tmp_path, sequences):
     training = make_trainer(tiny_model(), sequences, tmp_path / "run")
 
-    def out_of_memory(step):
+    def out_of_memory(step, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8")
 
-    training._forward_backward = out_of_memory
+    training.train_step.forward_backward = out_of_memory
     with pytest.raises(TrainingError, match=r"Tried to allocate 9\.00 GiB\): lower micro_batch_size \(now 4\)"):
         training.run()
 
@@ -318,7 +287,7 @@ def test_a_run_without_validation_documents_goes_to_its_end(tiny_root, tmp_path)
     evaluated = json.loads((recipe.run_dir / "eval" / "manifest.json").read_text(encoding="utf-8"))["summary"]
     assert {tuple(measured["text"]) for measured in evaluated["checkpoints"].values()} == {("english",)}
     stage = json.loads((recipe.run_dir / "train" / "1-embed-head" / "manifest.json").read_text(encoding="utf-8"))
-    assert (stage["before"], stage["after"]) == (None, None)
+    assert list(stage["summary"]["before"]) == ["english"]
 
 
 def test_a_held_out_domain_without_a_document_is_told_first(tiny_root, tmp_path, capfd):
@@ -397,7 +366,9 @@ def test_a_write_that_the_system_refuses_is_one_sentence_and_the_run_goes_on_fro
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines() == [f"redwhale: {os.strerror(27)} ({tmp_path}/tiny/train/1-embed-head.partial)"]
+    assert result.stderr.splitlines() == [
+        f"redwhale: {os.strerror(27)} ({tmp_path}/tiny/train/1-embed-head.partial/states)"
+    ]
     assert main(command) == 0
     expected = (finished.run_dir / "train" / "4-lora" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "tiny" / "train" / "4-lora" / "model" / "model.safetensors").read_bytes() == expected

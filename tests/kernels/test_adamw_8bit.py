@@ -237,6 +237,26 @@ def test_grad_scale_multiplies_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masters", ["split", "stochastic"])
+@pytest.mark.parametrize("bad_gradients", [False, True])
+def test_a_grad_scale_that_is_nan_skips_the_step(backend, masters, bad_gradients):
+    params, optimizer = started(backend, masters=masters)
+    train(params, optimizer, steps=2)
+    before, kept = copy.deepcopy((params, [optimizer.state[param] for param in params]))
+    give_gradients(params, 3)
+    if bad_gradients:
+        for param in params:
+            param.grad[0] = float("nan")
+    optimizer.step(grad_scale=torch.tensor(float("nan"), device=DEVICE))
+    for param, old, state in zip(params, before, kept, strict=True):
+        assert same_bits(param, old)
+        assert optimizer.state[param]["step"] == 3
+        assert all(same_bits(optimizer.state[param][name], state[name]) for name in state if name != "step")
+    train(params, optimizer, steps=1, first=4, grad_scale=torch.ones((), device=DEVICE))
+    assert not any(torch.equal(param, old) for param, old in zip(params, before, strict=True) if param.numel() > 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_without_gradients_stay_and_get_no_state(backend):
     params, optimizer = started(backend)
     before = [param.detach().clone() for param in params]

@@ -120,7 +120,7 @@ def test_recomputed_layers_give_bit_identical_gradients(variant, ids, frozen):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     kept = gradients()
-    model.model.recompute_layers = True
+    model.model.activations = "full"
     recomputed = gradients()
     assert recomputed.keys() == kept.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
@@ -136,7 +136,7 @@ def test_recomputed_layers_keep_only_their_inputs(base, ids):
         return sum(sizes)
 
     everything = saved_elements()
-    model.model.recompute_layers = True
+    model.model.activations = "full"
     assert saved_elements() < everything / 5
 
 

@@ -308,7 +308,7 @@ def test_recomputed_layers_see_the_masks_of_the_first_pass(base, ids):
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 module.dropout = 0.4
-        model.train().model.recompute_layers = recompute
+        model.train().model.activations = "full" if recompute else "none"
         torch.manual_seed(11)
         model.loss(ids, ids.roll(-1), documents_of(ids)).loss_sum.backward()
         gradients.append([model.get_parameter(name).grad for name in names])
@@ -319,7 +319,7 @@ def test_recomputed_layers_train_the_adapters_of_a_frozen_trunk(base, ids):
     gradients = []
     for recompute in (False, True):
         model, names = adapted_model(base)
-        model.model.recompute_layers = recompute
+        model.model.activations = "full" if recompute else "none"
         model.loss(ids, ids.roll(-1), documents_of(ids)).loss_sum.backward()
         parameters = dict(model.named_parameters())
         assert {name for name, p in parameters.items() if p.grad is not None} == set(names)

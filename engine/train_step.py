@@ -1,0 +1,196 @@
+"""Optimizer steps of a stage: exact accumulation over micro-batches, skipped spikes, blocks of layers in turn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..model import Llama, add_lora
+from ..model.activations import compile_layers
+from .batches import Batch
+from .flops import StepFlops, attention_pairs, training_flops
+from .loop_config import LoopConfig
+from .losses import LossFunction, loss_sums
+from .optimizer import StageOptimizer
+from .selectors import freeze_all_but, select_parameters
+from .spike_guard import SpikeGuard
+from .stages import Stage
+
+_WEIGHT, _GUARD, _OPTIMIZER, _SUMS = "weight.", "guard.", "optimizer.", "sums"
+"""Names of tensors in a checkpoint, or what they begin with."""
+
+
+class StepSums(NamedTuple):
+    """What the steps since the last look add up to, skipped ones left out."""
+
+    nats: float
+    """Cross-entropy."""
+    lse: float
+    """ln Σ exp(logits)."""
+    targets: float
+    """Target tokens, the denominator of both."""
+    flops: int
+    """Model FLOPs, those of skipped steps included; 0 for a model whose shape is not known."""
+
+
+class TrainStep:
+    """Trains the parameters that a stage names, a global batch at a time; nothing in `take` waits for the device.
+
+    Args:
+        model: changed in place: adapters are added, and exactly what the stage names requires gradients.
+        stage: what trains and how.
+        loop: activations, compilation, spikes.
+        steps: of the whole stage, for the learning rate.
+        loss: of the model on a batch.
+        seed: of adapters, dropout, blocks and stochastic rounding.
+        first_new_row: see `select_parameters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        loop: LoopConfig,
+        *,
+        steps: int,
+        loss: LossFunction,
+        seed: int = 0,
+        first_new_row: int | None = None,
+    ) -> None:
+        self.model, self.stage, self.steps, self.loss, self.seed = model, stage, steps, loss, seed
+        self.device = next(model.parameters()).device
+        if stage.uses_lora:
+            add_lora(model, **msgspec.structs.asdict(stage.lora), seed=seed)
+        self.trained = select_parameters(model, stage.train, first_new_row=first_new_row)
+        freeze_all_but(model, self.trained)
+        model.train()
+        if isinstance(model, Llama):
+            model.model.activations = loop.activations
+            if loop.compile:
+                compile_layers(model)
+        self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed)
+        self.guard = SpikeGuard(loop.spike_sigma, device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        """Global gradient norm of the last step before clipping, on the device."""
+        self._skip = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._flops = 0
+        self._flops_of: StepFlops | None = None
+        self._active: list[str] | None = None
+        self._activate(0)
+
+    def take(self, step: int, micro_batches: list[Batch], num_targets: int) -> None:
+        """Take step `step`, counted from 0.
+
+        Args:
+            step: decides learning rate, dropout and which blocks train.
+            micro_batches: of the global batch.
+            num_targets: target tokens of the whole global batch, by which its summed loss is divided: every token
+                weighs the same, however micro-batches divide them.
+        """
+        self._activate(step)
+        num_targets = max(1, num_targets)
+        self._skip.zero_()
+        self.optimizer.start_step(len(micro_batches), self.stage.lr_factor(step, self.steps), skip=self._skip)
+        if self.optimizer.needs_norm_pass:
+            with self.optimizer.norm_pass():
+                self.forward_backward(step, micro_batches, num_targets)
+            self._check_norm()
+        sums = self.forward_backward(step, micro_batches, num_targets)
+        self._check_norm()
+        self.norm = self.optimizer.finish_step()
+        self.guard.record(step, sums[0] / num_targets, self.norm, self._skip)
+        sums = torch.cat([sums, torch.full_like(sums[:1], num_targets)])
+        self._sums += sums.masked_fill(self._skip, 0.0)
+        self._flops += self._step_flops(micro_batches)
+
+    def forward_backward(self, step: int, micro_batches: list[Batch], num_targets: int) -> Tensor:
+        """Gradients of a global batch; returns the sums of its cross-entropy and its lse, [2] fp64 on the device."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with self._random_numbers_of(step):
+            for number, batch in enumerate(micro_batches, 1):
+                sums = loss_sums(self.loss(self.model, batch))
+                total += torch.stack([sums.nats, sums.lse]).double()
+                if number == len(micro_batches):  # known before the first weight can change
+                    self._skip.logical_or_(self.guard.check_loss(total[0] / num_targets))
+                (sums.objective / num_targets).backward()
+        return total
+
+    def drain(self) -> StepSums:
+        """The sums since the last call; waits for the device."""
+        nats, lse, targets = self._sums.tolist()
+        sums = StepSums(nats, lse, targets, self._flops)
+        self._sums.zero_()
+        self._flops = 0
+        return sums
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that training has changed, by name: weights, optimizer state, the guard's windows, the sums."""
+        resting = {name: self.trained[name] for name in self.trained if name not in self.optimizer.parameters}
+        return {
+            **{_WEIGHT + name: parameter.detach() for name, parameter in resting.items()},
+            **{_OPTIMIZER + name: tensor for name, tensor in self.optimizer.state_tensors().items()},
+            **{_GUARD + name: tensor for name, tensor in self.guard.state_tensors().items()},
+            _SUMS: self._sums,
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go back to what `state_tensors` gave after `step` steps."""
+        self._activate(max(0, step - 1))  # what trained at that time
+        for name, parameter in self.trained.items():
+            if _WEIGHT + name in tensors:
+                parameter.detach().copy_(tensors[_WEIGHT + name])
+        self.optimizer.load_state_tensors(_without(_OPTIMIZER, tensors))
+        self.guard.load_state_tensors(_without(_GUARD, tensors))
+        self._sums.copy_(tensors[_SUMS])
+
+    def _activate(self, step: int) -> None:
+        """Let the parameters of this step train, and free what those that come to rest leave behind."""
+        names = self.stage.active(list(self.trained), step, self.seed)
+        if names == self._active:
+            return
+        self._active = names
+        active = {name: self.trained[name] for name in names}
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name in active)
+        self.optimizer.set_parameters(active)
+        if isinstance(self.model, Llama):
+            buffers = {name.partition("[")[0]: self.optimizer.gradient_buffer(name) for name in names}
+            embed, head = (buffers.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+            self.model.set_gradient_buffers(embed, head)
+            self._flops_of = training_flops(self.model.config, active)
+
+    def _check_norm(self) -> None:
+        """Skip the step if its gradient is out of bounds, where that is known before the first weight changes."""
+        norm = self.optimizer.gradient_norm()
+        if norm is not None:
+            self._skip.logical_or_(self.guard.check_norm(norm))
+
+    @contextlib.contextmanager
+    def _random_numbers_of(self, step: int) -> Iterator[None]:
+        """Make dropout a pure function of (seed, step), so that a resumed run draws what an unbroken one does."""
+        if isinstance(self.model, Llama) and not (self.stage.uses_lora and self.stage.lora.dropout):
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Mixed, because the CPU's generator looks at 32 bits of its seed alone.
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
+            yield
+
+    def _step_flops(self, micro_batches: list[Batch]) -> int:
+        if self._flops_of is None or not isinstance(self.model, Llama):
+            return 0
+        window = self.model.config.sliding_window
+        lengths = [batch.documents.lengths for batch in micro_batches]
+        pairs = sum(attention_pairs(documents, window) for documents in lengths)
+        return self._flops_of.of(sum(map(sum, lengths)), pairs)
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
