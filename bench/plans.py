@@ -1,7 +1,7 @@
 """Bits per byte through the stages of built-in plans, on a real pretrained checkpoint and real text.
 
-Filters a corpus, makes a hybrid tokenizer, initialises and packs once, then trains each plan from the same checkpoint on
-the same tokens, with a tenth of base-language text against forgetting. Held-out text is measured before, during and
+Filters a corpus, makes a hybrid tokenizer, initialises and packs once, then trains each plan from the same checkpoint
+on the same tokens, with a tenth of base-language text against forgetting. Held-out text is measured before, during and
 after every stage. Writes the result and docs/plans.svg, the curves.
 """
 
@@ -158,7 +158,8 @@ def main() -> None:
         folder = Path(temporary)
         path, runs = write_recipe(folder, given), f"runs={json.dumps(temporary)}"
         prepared = {
-            step: run_recipe(load_recipe(path, [runs]), only=step)[0] for step in ("filter", "tokenizer", "init", "pack")
+            step: run_recipe(load_recipe(path, [runs]), only=step)[0]
+            for step in ("filter", "tokenizer", "init", "pack")
         }
         results = {}
         steps = given.tokens // (given.batch_size * given.sequence_length)

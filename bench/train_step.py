@@ -1,13 +1,14 @@
 """Tokens a second and peak memory of training steps, ours and those of transformers with peft, stage by stage.
 
 Everyone loads the same checkpoint in bf16 and trains on the same global batches, with AdamW on fp32 masters and fp32
-moments, clipping, and gradient accumulation. Each case runs in a process of its own. Peak memory is all that the
-process ever held, libraries included, or on a GPU the most that its tensors took. The losses of the first step must
-agree to one percent, else nothing is written.
+moments, clipping, and gradient accumulation. Sequences are packed with documents that do not see each other, as in
+pretraining, or hold one document each (`--document-tokens 0`). Each case runs in a process of its own. Peak memory is
+all that the process ever held, libraries included, or on a GPU the most that its tensors took. The losses of the first
+step must agree to one percent, else nothing is written.
 
-- redwhale: our trainer as it comes, one document a sequence.
+- redwhale: our trainer, with split masters: the same bits as fp32 copies, in 2 bytes beside each weight.
 - transformers-masters: LlamaForCausalLM in bf16 with SDPA attention and its own loss, adapters of peft, and fused AdamW
-  on fp32 copies of the weights.
+  on fp32 copies of the weights. Documents are kept apart by positions and a block-diagonal mask.
 - transformers-autocast: the same with fp32 weights where they train, under autocast.
 """
 
@@ -27,7 +28,7 @@ from redwhale.model import ModelConfig, create_checkpoint, parameter_count
 
 PEERS = ("redwhale", "transformers-masters", "transformers-autocast")
 _SAME_LOSS = 1e-2
-_PASSED_ON = ("device", "steps", "patience", "activations", "optimizer", "compile", "checkpointing")
+_PASSED_ON = ("device", "steps", "patience", "activations", "optimizer", "compile", "checkpointing", "document_tokens")
 """Options of the command line that every case is given."""
 
 
@@ -46,7 +47,7 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 
 PRESETS = {
     # SOLAR's proportions and RedWhale's vocabulary; sequence length, micro-batch and accumulation behind.
-    "cpu": (_shape(512, 1792, 8, 8, 2, 49_152), 512, 4, 2),
+    "cpu": (_shape(512, 1792, 8, 8, 2, 49_152), 1024, 2, 2),
     "solar-8-layers": (_shape(4096, 14_336, 8, 32, 8, 49_152), 4096, 2, 4),
     "solar": (_shape(4096, 14_336, 48, 32, 8, 49_152), 4096, 2, 8),
     "smallest": (_shape(64, 224, 2, 4, 2, 512), 32, 2, 2),
@@ -108,6 +109,9 @@ def main() -> None:
     arguments.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="the first is compared")
     arguments.add_argument("--steps", type=int, default=5, help="undisturbed steps of each (default: %(default)s)")
     arguments.add_argument("--patience", type=float, default=60, help="seconds a case waits for them, at most")
+    arguments.add_argument(
+        "--document-tokens", type=int, default=300, help="mean length of documents; 0 for one a sequence"
+    )
     arguments.add_argument("--activations", default="recompute-cheap", help="our policy (default: %(default)s)")
     arguments.add_argument("--optimizer", default="adamw", help="ours (default: %(default)s, as precise as theirs)")
     arguments.add_argument("--compile", action="store_true", help="torch.compile, for all")
@@ -136,6 +140,7 @@ def main() -> None:
         "tokens_a_step": sequence_length * micro_batch * accumulation,
         "sequence_length": sequence_length,
         "micro_batch": micro_batch,
+        "document_tokens": options.document_tokens,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "stages": stages,

@@ -32,20 +32,34 @@ _OTHERS_SHARE = 0.1
 
 
 class ZipfSequences:
-    """Sequences of tokens as unevenly frequent as words, each one document: the same in every process."""
+    """Sequences of tokens as unevenly frequent as words: the same in every process.
 
-    def __init__(self, vocab_size: int, sequence_length: int, count: int) -> None:
+    Args:
+        vocab_size: of the tokens.
+        sequence_length: tokens of a sequence.
+        count: of sequences.
+        document_tokens: mean length of the documents that share a sequence, drawn log-normally as those of corpora
+            are; 0 for one document a sequence.
+    """
+
+    def __init__(self, vocab_size: int, sequence_length: int, count: int, document_tokens: int) -> None:
         self._vocab_size, self._length, self._count = vocab_size, sequence_length, count
+        self._document_tokens = document_tokens
 
     def __len__(self) -> int:
         return self._count
 
     def sequence(self, index: int) -> TokenSequence:
-        ids = np.random.default_rng(index).zipf(1.2, self._length) % self._vocab_size
-        return TokenSequence(ids, np.append(ids[1:], IGNORE_INDEX), [self._length])
-
-    def num_targets(self, index: int) -> int:
-        return self._length - 1
+        rng = np.random.default_rng(index)
+        ids = rng.zipf(1.2, self._length) % self._vocab_size
+        ends = np.array([self._length])
+        if self._document_tokens:
+            spread = 0.8  # the mean of exp(N(μ, s²)) is exp(μ + s²/2)
+            drawn = rng.lognormal(np.log(self._document_tokens) - spread**2 / 2, spread, self._length)
+            ends = np.unique(np.minimum(np.cumsum(np.maximum(2, drawn.astype(np.int64))), self._length))
+        targets = np.append(ids[1:], IGNORE_INDEX)
+        targets[ends - 1] = IGNORE_INDEX
+        return TokenSequence(ids, targets, np.diff(ends, prepend=0).tolist())
 
 
 class StepClock:
@@ -99,7 +113,7 @@ def memory_mb(device: str) -> float:
 
 
 def run_redwhale(options: argparse.Namespace, data: ZipfSequences, clock: Callable[[], StepClock]) -> dict[str, Any]:
-    """Our trainer: fp32 masters and moments; gradients of embedding and LM head add up in fp32, too."""
+    """Our trainer: masters with every bit of fp32 ones, fp32 moments, and gradients that add up in fp32."""
     from redwhale.engine import LoopConfig, Stage, Trainer
     from redwhale.engine.stages import LoRAConfig
     from redwhale.model import load_model
@@ -118,6 +132,7 @@ def run_redwhale(options: argparse.Namespace, data: ZipfSequences, clock: Callab
         eps=EPS,
         grad_clip=CLIP,
         optimizer=options.optimizer,
+        masters="split",
         lora=LoRAConfig(r=RANK, alpha=float(RANK)),
     )
     loop = LoopConfig(
@@ -137,7 +152,7 @@ def run_redwhale(options: argparse.Namespace, data: ZipfSequences, clock: Callab
 
         shape = {"sequence_length": options.sequence_length, "folder": Path(folder)}
         trainer = Trainer(model, stage, data, loop=loop, on_log=on_log, **shape)
-        trained = sum(parameter.numel() for parameter in trainer.trained.values())
+        trained = sum(parameter.numel() for parameter in trainer.train_step.trained.values())
         steps.append(clock())
         with contextlib.suppress(_EnoughError):
             trainer.run()
@@ -223,11 +238,25 @@ def run_transformers(
         data, batch_size=batch_size, micro_batch_size=options.micro_batch, seed=0, device=options.device
     )
 
+    causal = torch.ones(
+        options.sequence_length, options.sequence_length, dtype=torch.bool, device=options.device
+    ).tril()
+
+    def inputs_of(batch: Batch) -> dict[str, Tensor]:
+        """What keeps packed documents apart in transformers: positions from 0, and a mask where there are several."""
+        ids, positions = (x.view(-1, options.sequence_length) for x in (batch.input_ids, batch.documents.position_ids))
+        begins = positions == 0
+        # Its loss shifts the labels itself: the first token of a document is not to be predicted.
+        inputs = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(begins, IGNORE_INDEX)}
+        if options.document_tokens:
+            document = begins.cumsum(1)
+            inputs["attention_mask"] = (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+        return inputs
+
     def loss_of(batch: Batch, num_targets: int) -> Tensor:
-        ids = batch.input_ids.view(-1, options.sequence_length)
         with torch.autocast(options.device, torch.bfloat16, enabled=autocast):
-            # Its loss shifts the labels itself, and divides their sum by num_items_in_batch.
-            return trained_model(input_ids=ids, labels=ids, num_items_in_batch=num_targets, use_cache=False).loss
+            # It divides the summed loss by num_items_in_batch.
+            return trained_model(**inputs_of(batch), num_items_in_batch=num_targets, use_cache=False).loss
 
     steps, step = clock(), 0
     while True:
@@ -249,7 +278,7 @@ def main() -> None:
     """Runs the case that the only argument describes in JSON."""
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.manual_seed(0)
-    data = ZipfSequences(options.vocab_size, options.sequence_length, 4096)
+    data = ZipfSequences(options.vocab_size, options.sequence_length, 4096, options.document_tokens)
     run = run_redwhale if options.peer == "redwhale" else run_transformers
     result = run(options, data, lambda: StepClock(options.steps, options.patience))
     clock: StepClock = result.pop("clock")
