@@ -15,6 +15,8 @@ read and one write of each logit, the least possible, at about 15 FLOPs; without
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from .launch import kernel_op, launch, next_power_of_2, tl, triton
 
 _MOST_COLUMNS_A_BLOCK = 8192
 """16 logits a thread in 16 warps: two 16-byte loads in flight each, and no spills."""
+_CACHED_LOGITS = 2**19
+"""Logits in fp32 that a CPU's caches hold beside what else is read: 2 MB, as one core's second-level cache."""
 
 
 @triton.jit
@@ -131,35 +135,37 @@ def cross_entropy_rows(
 
 def _torch_rows(
     logits: Tensor, targets: Tensor, token_weights: Tensor | None, ignore_index: int, vocab_size: int, z_loss: float,
-    label_smoothing: float, gradient: bool, fp32_block: Tensor | None,
+    label_smoothing: float, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ignored = targets == ignore_index
     target = targets.masked_fill(ignored, 0)[:, None]
     if vocab_size < logits.shape[1]:
         logits[:, vocab_size:] = float("-inf")
-    log_p = torch.log_softmax(logits, -1, dtype=torch.float32, out=fp32_block)
-    token_losses = -log_p.gather(1, target).squeeze(1)
-    likeliest = log_p.argmax(-1, keepdim=True)
-    # From the highest logit: that of the target may be −inf.
-    lse = (logits.gather(1, likeliest).float() - log_p.gather(1, likeliest)).squeeze(1)
+    # One exponential a logit: lse comes from the highest logit and its probability, 1 / Σ exp(z − z_max).
+    z = logits.float()
+    highest = z.amax(-1, keepdim=True)
+    target_logit = z.gather(1, target)
+    hits = _first_of_the_highest(z, target, (target_logit == highest) & ~ignored[:, None])
+    mean = z[:, :vocab_size].mean(-1) if label_smoothing else None
+    p = torch.softmax(z, -1)
+    log_total = -p.amax(-1).log()
+    token_losses = (highest - target_logit).squeeze(1) + log_total
+    lse = highest.squeeze(1) + log_total
     losses = token_losses.clone()
-    if label_smoothing:
-        mean = logits[:, :vocab_size].sum(-1, dtype=torch.float32) / vocab_size
+    if mean is not None:
         losses += label_smoothing * ((lse - mean) - token_losses)
     losses += z_loss * lse.square()
     if token_weights is not None:
         losses *= token_weights
-    hits = ((likeliest == target).squeeze(1) & ~ignored).int()
     if gradient:
-        probabilities = log_p.exp_()
         if z_loss:
-            probabilities *= (1 + 2 * z_loss * lse)[:, None]
+            p *= (1 + 2 * z_loss * lse)[:, None]
         if label_smoothing:
-            probabilities[:, :vocab_size] -= label_smoothing / vocab_size
-        probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, label_smoothing - 1))
+            p[:, :vocab_size] -= label_smoothing / vocab_size
+        p.scatter_add_(1, target, p.new_full(target.shape, label_smoothing - 1))
         if token_weights is not None:
-            probabilities *= token_weights[:, None]
-        logits.copy_(probabilities)
+            p *= token_weights[:, None]
+        logits.copy_(p)
         if logits.is_cuda:
             logits.masked_fill_(ignored[:, None], 0.0)
         else:  # the same, without a slow pass over all bf16 entries; a GPU would have to be waited for
@@ -172,6 +178,21 @@ def _torch_rows(
     )
 
 
+def _first_of_the_highest(z: Tensor, target: Tensor, among_highest: Tensor) -> Tensor:
+    """[N] int32: 1 where the target, one of the highest logits, is the first of them. An argmax is the slowest pass."""
+    if z.is_cuda:
+        return (among_highest & (z.argmax(-1, keepdim=True) == target)).squeeze(1).int()
+    hits = among_highest.squeeze(1).int()
+    rows = hits.nonzero().squeeze(1)
+    hits[rows] = (z[rows].argmax(-1) == target[rows, 0]).int()
+    return hits
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose fp32 copies stay in a CPU core's caches from one pass to the next; all of them on a GPU."""
+    return len(logits) if logits.is_cuda else max(1, _CACHED_LOGITS // logits.shape[1])
+
+
 def cross_entropy_rows_(
     logits: Tensor,
     targets: Tensor,
@@ -182,7 +203,6 @@ def cross_entropy_rows_(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     gradient: bool = True,
-    fp32_block: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of rows of logits, which are overwritten by d Σ losses / d logits. Autograd does not see it.
@@ -199,8 +219,9 @@ def cross_entropy_rows_(
         z_loss: λ of the module's formula.
         label_smoothing: ε of the module's formula, in [0, 1).
         gradient: whether it is wanted.
-        fp32_block: [N, V] fp32 memory for the PyTorch backend, which takes its own otherwise.
         backend: see `Backend`; None for the global choice.
+
+    With the PyTorch backend, fp32 copies of the logits of some rows exist at a time on a CPU, and of all on a GPU.
 
     Returns:
         (losses, −ln p(target), lse, hits), each [N] and 0 where ignored: fp32 weighted losses with smoothing and
@@ -214,4 +235,10 @@ def cross_entropy_rows_(
         raise ValueError(f"logits have strides {logits.stride()}: the entries of a row must be next to each other")
     if use_triton(backend, logits):
         return cross_entropy_rows(logits, targets, token_weights, *options)
-    return _torch_rows(logits, targets, token_weights, *options, fp32_block)
+    size = max(1, _rows_at_once(logits))
+    weights = itertools.repeat(None) if token_weights is None else token_weights.split(size)
+    parts = [
+        _torch_rows(*part, *options) for part in zip(logits.split(size), targets.split(size), weights, strict=False)
+    ]
+    losses, token_losses, lse, hits = (torch.cat(results) for results in zip(*parts, strict=True))
+    return losses, token_losses, lse, hits

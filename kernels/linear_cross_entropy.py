@@ -14,7 +14,7 @@ and writes the block once (`cross_entropy_rows`): 4·V bytes a token in bf16, a 
 
 Chunks are large, because small ones starve the GEMMs and because the weight's gradient, in fp32 so that adding chunks
 loses nothing, is read and written once a chunk: 8·V·H bytes, which 4,096 tokens pay back. Beside the gradients, peak
-memory is one [chunk, V] block in the model's dtype with Triton, and a second one in fp32 with PyTorch.
+memory is one [chunk, V] block in the model's dtype; PyTorch on a GPU takes a second one in fp32, and on a CPU a few rows.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ def linear_cross_entropy_forward(
     chunk = max(1, min(chunk_tokens, math.ceil(even / _GEMM_TILE) * _GEMM_TILE, tokens))
     # Every chunk works in the same blocks: on a CPU, mapping fresh ones takes a third more time.
     logits_block = hidden.new_empty(chunk, len(weight))
-    fp32_block = None if triton_kernels else torch.empty_like(logits_block, dtype=torch.float32)
     found = []
     for start in range(0, max(1, tokens), chunk):
         part = slice(start, start + chunk)
@@ -148,7 +147,6 @@ def linear_cross_entropy_forward(
                 z_loss=z_loss,
                 label_smoothing=label_smoothing,
                 gradient=hidden_grad or bias_grad or rows > 0,
-                fp32_block=None if fp32_block is None else fp32_block[: len(x)],
                 backend="triton" if triton_kernels else "torch",
             )
         )
@@ -292,8 +290,8 @@ def linear_cross_entropy(
         weight_grad: fp32 buffer in the shape of `weight`, or of `trained_rows` where given. Backward adds the gradient
             to it in place of `.grad`, which stays as it is (and whose hooks do not run), so that micro-batches, too,
             are added in fp32.
-        chunk_tokens: most tokens whose logits exist at once: 2·chunk_tokens·V bytes in bf16, and with PyTorch 4 more
-            each. None takes 128 on a CPU, where larger blocks fall out of the caches, and 4,096 elsewhere.
+        chunk_tokens: most tokens whose logits exist at once: 2·chunk_tokens·V bytes in bf16, and with PyTorch on a GPU
+            4 more each. None takes 512 on a CPU, from where on speed changes little, and 4,096 elsewhere.
         backend: see `Backend`; None for the global choice.
 
     Returns:
@@ -308,7 +306,7 @@ def linear_cross_entropy(
     trained = _check_trained(weight, trained_rows, first_row, weight_grad)
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if chunk_tokens is None:
-        chunk_tokens = 128 if hidden.device.type == "cpu" else 4096
+        chunk_tokens = 512 if hidden.device.type == "cpu" else 4096
     if not 1 <= vocab_size <= len(weight):
         raise ValueError(f"vocab_size {vocab_size} is not between 1 and the {len(weight)} rows of the weight")
     if chunk_tokens < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_backends import BACKENDS, resolve_backend
+
+_PADDED_TO = 64
+"""Documents are padded to multiples of so many tokens for attention on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -98,5 +102,28 @@ def packed_attention(
         shape = (len(lengths), lengths[0])
         output = _sdpa(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), sliding_window)
         return output.flatten(0, 1)
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_sdpa(qi[None], ki[None], vi[None], sliding_window)[0] for qi, ki, vi in parts])
+    return _attention_by_length(q, k, v, lengths, sliding_window)
+
+
+def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sliding_window: int | None) -> Tensor:
+    """Attention of documents of different lengths, those in need of alike padding in one call.
+
+    What pads a document stands behind it, where causal attention does not look. Torch's attention on CPUs makes kernels
+    anew for every length and keeps them for good, with their buffers: 80 MB more with each step of 4,096 tokens in
+    documents of some 300, and most of the time of its backward pass.
+    """
+    begins = [0, *itertools.accumulate(lengths)]
+    of_length: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        of_length.setdefault(-(-length // _PADDED_TO) * _PADDED_TO, []).append(document)
+    outputs, places = [], []
+    for padded, group in of_length.items():
+        steps = torch.arange(padded, device=q.device)
+        first = torch.tensor([begins[document] for document in group], device=q.device)[:, None]
+        length = torch.tensor([lengths[document] for document in group], device=q.device)[:, None]
+        rows = first + torch.minimum(steps, length - 1)
+        gathered = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
+        real = (steps < length).flatten().nonzero().squeeze(1)
+        outputs.append(_sdpa(*gathered, sliding_window).flatten(0, 1).index_select(0, real))
+        places.append(rows.flatten()[real])
+    return torch.cat(outputs).index_select(0, torch.cat(places).argsort())

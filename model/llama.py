@@ -32,8 +32,9 @@ from .kv_cache import KeyValueCache
 from .projections import gated_mlp, project
 from .trained_rows import MatrixTraining, rows_from
 
-# `torch.compile` would otherwise compile anew for other document lengths.
-uncompiled_attention = cast(Callable[..., Tensor], torch.compiler.disable(packed_attention))
+# `torch.compile` would otherwise compile anew for other document lengths. Not `torch.compiler.disable`, which brings in
+# the compiler at once: 76 MB and most of a second for those who do not compile.
+uncompiled_attention = cast(Callable[..., Tensor], torch._disable_dynamo(packed_attention))
 
 
 class Attention(nn.Module):
