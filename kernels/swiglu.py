@@ -107,7 +107,7 @@ def swiglu_backward(
 
 def torch_swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu` without autograd, in plain PyTorch."""
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def torch_swiglu_backward(
@@ -115,10 +115,14 @@ def torch_swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of `gate`, gradient of `up`, silu(gate) · up), each only if it is wanted, else empty."""
     none = gate.new_empty(0)
-    grad_gate = torch.ops.aten.silu_backward(grad_y * up, gate) if gate_grad else none
+    grad_gate = none
+    if gate_grad:
+        grad_gate = grad_y * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
     # The activation is computed again: keeping it would cost another [N, F] tensor a layer.
     activated = F.silu(gate) if up_grad or output else none
-    return grad_gate, grad_y * activated if up_grad else none, activated * up if output else none
+    grad_up = grad_y * activated if up_grad else none
+    return grad_gate, grad_up, activated.mul_(up) if output else none
 
 
 class _SwiGLU(torch.autograd.Function):
