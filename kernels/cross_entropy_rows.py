@@ -169,7 +169,7 @@ def _torch_rows(
         if logits.is_cuda:
             logits.masked_fill_(ignored[:, None], 0.0)
         else:  # the same, without a slow pass over all bf16 entries; a GPU would have to be waited for
-            logits[ignored] = 0.0
+            logits.index_fill_(0, ignored.nonzero().squeeze(1), 0.0)
     return (
         losses.masked_fill_(ignored, 0.0),
         token_losses.masked_fill_(ignored, 0.0),
