@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..model import merge_lora, save_adapter
 from .batches import BatchLoader, SequenceSource
 from .checkpoints import CheckpointStore
-from .errors import Interrupted, TrainingError
+from .errors import Interrupted, RecipeError, TrainingError
 from .evaluation import LossResult, ValidationSet, evaluate_loss
 from .flops import device_peak_flops
 from .loop_config import LoopConfig
@@ -99,7 +99,7 @@ class Trainer:
         on_log: called with every line of metrics.
 
     Raises:
-        RecipeError: if the stage names what this model does not have.
+        RecipeError: if the stage names what this model does not have, or a value of it or of the loop is out of bounds.
         TrainingError: if something that the loop asks for is not installed.
 
     Example:
@@ -126,8 +126,8 @@ class Trainer:
         on_step: Callable[[Trainer, int], None] | None = None,
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.stage = model, stage
-        self.loop = loop_of(stage, loop)
+        self.model, self.stage = model, _checked(stage)
+        self.loop = _checked(loop_of(stage, loop))
         self.folder = Path(folder)
         self.sequence_length = sequence_length
         self.steps = stage.steps(self.loop.batch_size, sequence_length)
@@ -347,6 +347,18 @@ class Trainer:
         self._telemetry.log(step, line)
         if self.on_log is not None:
             self.on_log(line)
+
+
+_Config = TypeVar("_Config", Stage, LoopConfig)
+
+
+def _checked(config: _Config) -> _Config:
+    """The same; msgspec checks bounds when it decodes a recipe, but not what a program constructs."""
+    try:
+        msgspec.convert(msgspec.to_builtins(config), type(config))
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{type(config).__name__}: {error}") from None
+    return config
 
 
 def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:

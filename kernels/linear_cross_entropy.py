@@ -14,7 +14,7 @@ and writes the block once (`cross_entropy_rows`): 4·V bytes a token in bf16, a 
 
 Chunks are large, because small ones starve the GEMMs and because the weight's gradient, in fp32 so that adding chunks
 loses nothing, is read and written once a chunk: 8·V·H bytes, which 4,096 tokens pay back. Beside the gradients, peak
-memory is one [chunk, V] block in the model's dtype; PyTorch on a GPU takes a second one in fp32, and on a CPU a few rows.
+memory is one [chunk, V] block in the model's dtype; PyTorch on a GPU takes a second in fp32, and on a CPU a few rows.
 """
 
 from __future__ import annotations

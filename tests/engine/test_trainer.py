@@ -528,6 +528,11 @@ def test_pythons_garbage_collector_rests_while_steps_run(tmp_path, data):
     assert gc.isenabled()
 
 
+def test_values_out_of_bounds_are_refused_though_no_recipe_was_read(tmp_path, data):
+    with pytest.raises(RecipeError, match=r"LoopConfig: .*>= 1.*checkpoint_every"):
+        trainer(tiny_model(), stage(("all",)), data, tmp_path, checkpoint_every=0)
+
+
 def test_new_rows_without_knowing_where_they_begin_are_refused(tmp_path, data):
     with pytest.raises(RecipeError, match="first_new_row"):
         Trainer(tiny_model(), stage(("embed.new",)), data, sequence_length=LENGTH, folder=tmp_path)
