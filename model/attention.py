@@ -122,8 +122,8 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
         first = torch.tensor([begins[document] for document in group], device=q.device)[:, None]
         length = torch.tensor([lengths[document] for document in group], device=q.device)[:, None]
         rows = first + torch.minimum(steps, length - 1)
-        gathered = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
+        q_, k_, v_ = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
         real = (steps < length).flatten().nonzero().squeeze(1)
-        outputs.append(_sdpa(*gathered, sliding_window).flatten(0, 1).index_select(0, real))
+        outputs.append(_sdpa(q_, k_, v_, sliding_window).flatten(0, 1).index_select(0, real))
         places.append(rows.flatten()[real])
     return torch.cat(outputs).index_select(0, torch.cat(places).argsort())

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..kernels import (
     Embedding,
@@ -34,7 +35,7 @@ from .trained_rows import MatrixTraining, rows_from
 
 # `torch.compile` would otherwise compile anew for other document lengths. Not `torch.compiler.disable`, which brings in
 # the compiler at once: 76 MB and most of a second for those who do not compile.
-uncompiled_attention = cast(Callable[..., Tensor], torch._disable_dynamo(packed_attention))
+uncompiled_attention = cast(Callable[..., Tensor], _disable_dynamo(packed_attention))
 
 
 class Attention(nn.Module):
