@@ -109,8 +109,7 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
     """Attention of documents of different lengths, those in need of alike padding in one call.
 
     What pads a document stands behind it, where causal attention does not look. Torch's attention on CPUs makes kernels
-    anew for every length and keeps them for good, with their buffers: 80 MB more with each step of 4,096 tokens in
-    documents of some 300, and most of the time of its backward pass.
+    anew for every length and keeps them for good, with their buffers: memory would grow with every step.
     """
     begins = [0, *itertools.accumulate(lengths)]
     of_length: dict[int, list[int]] = {}

@@ -34,7 +34,7 @@ from .projections import gated_mlp, project
 from .trained_rows import MatrixTraining, rows_from
 
 # `torch.compile` would otherwise compile anew for other document lengths. Not `torch.compiler.disable`, which brings in
-# the compiler at once: 76 MB and most of a second for those who do not compile.
+# the compiler at once, for those who do not compile, too.
 uncompiled_attention = cast(Callable[..., Tensor], _disable_dynamo(packed_attention))
 
 
