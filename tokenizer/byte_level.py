@@ -221,7 +221,10 @@ def _why_unusable(raw: dict[str, Any]) -> str:
     steps = raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    if not byte_level or any(token not in model["vocab"] for token in _TO_BYTE):
+    # Some bases lack bytes that their corpus never had; those of Korean, and of continuation, must be there.
+    if not byte_level or any(
+        _TO_CHARACTER[byte] not in model["vocab"] for byte in (*range(0x80, 0xC0), *b"\xe1\xea\xed")
+    ):
         return "it is not byte-level"
     if any(step.get("add_prefix_space") for step in byte_level):
         return "it puts a space before every text"

@@ -38,11 +38,12 @@ def learn_merges(
         TokenizerError: when the words run out of pairs that occur twice before that many are learned.
     """
     chosen = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:_MOST_WORDS]
-    sequences = [encoding.tokens for encoding in encoder.encode_batch_fast([word for word, _ in chosen])]
+    names = {i: token for token, i in vocabulary.items()}
+    sequences = _spelled(encoder, names, [word for word, _ in chosen])
     counts = [count for _, count in chosen]
     merges: list[tuple[str, str]] = []
     made: set[str] = set()
-    for tokens in (encoding.tokens for encoding in encoder.encode_batch_fast(sorted(required))):
+    for tokens in _spelled(encoder, names, sorted(required)):
         while len(tokens) > 1:
             a, b, *rest = tokens
             tokens = [a + b, *rest]
@@ -100,6 +101,11 @@ def learn_merges(
         for new in touched:
             heapq.heappush(heap, (-frequency[new], new))
     return merges
+
+
+def _spelled(encoder: Any, names: Mapping[int, str], words: list[str]) -> list[list[str]]:
+    # The fast call leaves the encoding's own tokens empty.
+    return [[names[i] for i in encoding.ids] for encoding in encoder.encode_batch_fast(words)]
 
 
 def _joined(tokens: list[str], pair: tuple[str, str]) -> list[str]:

@@ -6,26 +6,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import TokenizerError
-from .spm import Tokenizer, nfc
+from .spm import SPACE, Tokenizer, nfc
 
 
 class Encoder(Protocol):
-    """What comparisons need of a tokenizer; ids without BOS and EOS, texts normalised to NFC first."""
+    """What comparisons and proofs need of a tokenizer; ids without BOS and EOS."""
 
     path: Path
     vocab_size: int
     sha256: str
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of NFC(text)."""
+        """Return the ids of a text."""
         ...
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the ids of every NFC(text)."""
+        """Return the ids of every text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
+        ...
+
+    def normalized(self, text: str) -> str:
+        """Return what decoding the ids of a text should give back."""
         ...
 
     def byte_ids(self) -> frozenset[int]:
@@ -36,13 +40,17 @@ class Encoder(Protocol):
 class SentencePieceEncoder(Tokenizer):
     """A `.model`, with what comparisons need beside what the engine does."""
 
+    def normalized(self, text: str) -> str:
+        """Return NFC(text) with spaces for ▁, which SentencePiece cannot tell apart."""
+        return nfc(text).replace(SPACE, " ")
+
     def byte_ids(self) -> frozenset[int]:
         """Return the ids of byte fallback."""
         return frozenset(i for i in range(self.vocab_size) if self.processor.is_byte(i))
 
 
 class JsonEncoder:
-    """A `tokenizer.json` under the package tokenizers.
+    """A `tokenizer.json` under the package tokenizers, which normalises as the file says.
 
     Raises TokenizerError when the package is missing, or the file is no tokenizer.
     """
@@ -54,16 +62,16 @@ class JsonEncoder:
         self.vocab_size: int = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of NFC(text)."""
+        """Return the ids of a text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the ids of every NFC(text); the package takes its threads from the environment.
+        """Return the ids of every text; the package takes its threads from the environment.
 
         Raises TokenizerError when a text holds a lone surrogate and so is no Unicode text.
         """
         try:
-            encoded = self.tokenizer.encode_batch_fast([nfc(text) for text in texts], add_special_tokens=False)
+            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise TokenizerError(
                 "a text holds a lone surrogate; decode the source as UTF-8 with errors='replace' first"
@@ -73,6 +81,16 @@ class JsonEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def normalized(self, text: str) -> str:
+        """Return the text as the file normalises it, with spaces for ▁ where it writes them so."""
+        normalizer = self.tokenizer.normalizer
+        text = normalizer.normalize_str(text) if normalizer is not None else text
+        if (
+            self.tokenizer.token_to_id("<0x0A>") is not None
+        ):  # the export of a SentencePiece model, dummy prefix and all
+            text = text.replace(SPACE, " ").removeprefix(" ")
+        return text
 
     def byte_ids(self) -> frozenset[int]:
         """Return the ids that decode to no character of their own."""
