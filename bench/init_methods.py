@@ -64,10 +64,16 @@ def main() -> None:
     arguments.add_argument("--tied", nargs="*", default=list(TIED), help="choices for the tied base, if it is tied")
     arguments.add_argument("--train", nargs="*", default=list(TRAINED), help="choices to train, untied")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--steps", type=int, default=40, help="of 4 sequences of 256 (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=40, help="of training (default: %(default)s)")
+    arguments.add_argument("--batch-size", type=int, default=4, help="sequences (default: %(default)s)")
+    arguments.add_argument("--sequence-length", type=int, default=256, help="tokens (default: %(default)s)")
+    arguments.add_argument(
+        "--heldout-characters", type=int, default=2000, help="of a document; five times as many of English, in all"
+    )
     arguments.add_argument("--lr", type=float, default=2e-3)
     given = arguments.parse_args()
     torch.set_num_threads(1)
+    tokens = given.steps * given.batch_size * given.sequence_length
 
     base_tokenizer = given.checkpoint / "tokenizer.model"
     proto, hybrid = load_model_proto(base_tokenizer), Tokenizer(given.tokenizer / "tokenizer.model")
@@ -83,11 +89,11 @@ def main() -> None:
     vocabulary = NewVocabulary(
         decompose_pieces(proto, pieces), piece_surfaces(proto), cooccurrence_vectors(ids, hybrid.vocab_size)
     )
-    english_heldout = next(first_texts([given.english_heldout]))[:30_000]
+    english_heldout = next(first_texts([given.english_heldout]))[: 5 * given.heldout_characters]
     heldout = {
         **{p.name.partition(".")[0]: list(first_texts([p], given.heldout_documents)) for p in given.korean_heldout},
     }
-    heldout = {"korean": [text[:2000] for texts_ in heldout.values() for text in texts_], "english": [english_heldout]}
+    heldout = {"korean": [text[: given.heldout_characters] for texts_ in heldout.values() for text in texts_], "english": [english_heldout]}
 
     def measured(model: Any) -> dict[str, Any]:
         return {
@@ -99,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         _pack(work, texts, hybrid)
-        data = PackedSequences(TokenShards.open(work / "shards", "train"), sequence_length=256)
+        data = PackedSequences(TokenShards.open(work / "shards", "train"), sequence_length=given.sequence_length)
         untied = untied_copy(given.checkpoint, work / "untied")
         base_model = load_model(given.checkpoint, dtype=torch.float32)
         plain = Tokenizer(base_tokenizer)
@@ -131,12 +137,12 @@ def main() -> None:
                 run["collisions"] = {key: new.collisions for key, new in made.items()}
                 if trained:
                     stage = Stage(
-                        name="embed-head", train=("embed", "head"), tokens=given.steps * 1024, lr=given.lr
+                        name="embed-head", train=("embed", "head"), tokens=tokens, lr=given.lr
                     )
                     with tempfile.TemporaryDirectory() as folder:
                         Trainer(
-                            model, stage, data, sequence_length=256, folder=Path(folder), seed=seed,
-                            loop=LoopConfig(batch_size=4, micro_batch_size=4),
+                            model, stage, data, sequence_length=given.sequence_length, folder=Path(folder), seed=seed,
+                            loop=LoopConfig(batch_size=given.batch_size, micro_batch_size=given.batch_size),
                         ).run()  # fmt: skip
                     run["after"] = measured(model.eval())
                 runs.append(run)
@@ -145,20 +151,16 @@ def main() -> None:
             line = {"base": kind, "choice": name, "trained": trained, "runs": runs, **_summary(runs)}
             rows.append(line)
             print(json.dumps({"base": kind, "choice": name, **_summary(runs)}), flush=True)
-            Path(scratch, "partial.json").write_text(json.dumps(rows))
-    write_result(
-        given.result,
-        __file__,
-        {
-            "new_pieces": len(pieces),
-            "byte_only_pieces": sum(vocabulary.byte_only()),
-            "training_tokens": given.steps * 1024,
-            "base": base,
-            "choices": rows,
-        },
-        data=[given.checkpoint, given.tokenizer, *given.korean, *given.korean_heldout, given.english,
-              given.english_heldout],
-    )  # fmt: skip
+            found = {
+                "new_pieces": len(pieces),
+                "byte_only_pieces": sum(vocabulary.byte_only()),
+                "training_tokens": tokens,
+                "base": base,
+                "choices": rows,
+            }
+            inputs = [given.checkpoint, given.tokenizer, *given.korean, *given.korean_heldout]
+            # After every choice: the runs are long, and what is measured should survive their end.
+            write_result(given.result, __file__, found, data=[*inputs, given.english, given.english_heldout])
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
