@@ -1,9 +1,10 @@
 """Initialisation methods on a real base: held-out text before training and after the same short training.
 
 Extends --checkpoint with the new pieces of --tokenizer, a folder that `build_hybrid_tokenizer` wrote. Every choice is
-measured on Korean and English held-out text at step 0; those in --train are then trained, embedding and head alone, for
---steps steps from each of --seeds, which set the random rows, the noise and the data order. A tied base is also measured
-untied, with the embedding copied as head: only then do the two matrices have methods of their own.
+measured on Korean and English held-out text at step 0; those in --train are then trained, embedding and head alone,
+for --steps steps from each of --seeds, which set the random rows, the noise and the data order. A tied base is measured
+untied, with the embedding copied as head, since only then do the two matrices have methods of their own; --tied names
+the choices that are also measured on the base as it is.
 """
 
 from __future__ import annotations
@@ -82,18 +83,16 @@ def main() -> None:
     texts = [text for path in given.korean for text in first_texts([path], given.fit_documents)]
     english = "".join(first_texts(find_inputs([given.english]), 3))[: 1 << 17]
     ids = [torch.tensor(i) for i in hybrid.encode_batch(texts)]
+    english_ids = hybrid.encode_batch([english[n : n + 800] for n in range(0, len(english), 800)])
     fit = FitTexts(
-        [i[:256] for i in ids[:: max(1, len(ids) // 300)] if len(i) > 1],
-        [torch.tensor(i)[:256] for i in hybrid.encode_batch([english[n : n + 800] for n in range(0, 1 << 17, 800)]) if i],
+        [i[:256] for i in ids[:: max(1, len(ids) // 300)] if len(i) > 1], [torch.tensor(i)[:256] for i in english_ids]
     )
     vocabulary = NewVocabulary(
         decompose_pieces(proto, pieces), piece_surfaces(proto), cooccurrence_vectors(ids, hybrid.vocab_size)
     )
     english_heldout = next(first_texts([given.english_heldout]))[: 5 * given.heldout_characters]
-    heldout = {
-        **{p.name.partition(".")[0]: list(first_texts([p], given.heldout_documents)) for p in given.korean_heldout},
-    }
-    heldout = {"korean": [text[: given.heldout_characters] for texts_ in heldout.values() for text in texts_], "english": [english_heldout]}
+    korean_heldout = [text for path in given.korean_heldout for text in first_texts([path], given.heldout_documents)]
+    heldout = {"korean": [t[: given.heldout_characters] for t in korean_heldout], "english": [english_heldout]}
 
     def measured(model: Any) -> dict[str, Any]:
         return {
@@ -136,9 +135,7 @@ def main() -> None:
                 run = {"seed": seed, "seconds": seconds, "before": measured(model)}
                 run["collisions"] = {key: new.collisions for key, new in made.items()}
                 if trained:
-                    stage = Stage(
-                        name="embed-head", train=("embed", "head"), tokens=tokens, lr=given.lr
-                    )
+                    stage = Stage(name="embed-head", train=("embed", "head"), tokens=tokens, lr=given.lr)
                     with tempfile.TemporaryDirectory() as folder:
                         Trainer(
                             model, stage, data, sequence_length=given.sequence_length, folder=Path(folder), seed=seed,

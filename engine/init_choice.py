@@ -140,4 +140,6 @@ def _statistics(model: Llama, documents: Sequence[Tensor], first: int) -> Hidden
 
 def _replaced(made: NewRows, rows: Tensor, method: str) -> NewRows:
     # The decomposition that a fit began with is no account of where it ended.
-    return replace(made, rows=rows.to(made.rows.dtype), method=method, weights=made.weights if PRIOR in method else None)
+    return replace(
+        made, rows=rows.to(made.rows.dtype), method=method, weights=made.weights if PRIOR in method else None
+    )

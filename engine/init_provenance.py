@@ -34,9 +34,9 @@ def write_provenance(
 ) -> None:
     """Write one line for each new row of each matrix.
 
-    Columns: `id`, `piece`, `tensor`, `method`, `byte_only`, `decomposition` (base pieces), `base_ids`, `base_pieces` and
-    `weights` (what was combined, before norms and noise; empty for rows that were drawn or fitted), `norm` (of the
-    stored row).
+    Columns: `id`, `piece`, `tensor`, `method`, `byte_only`, `decomposition` (base pieces), `base_ids`, `base_pieces`
+    and `weights` (what was combined, before norms, noise and prior; empty for rows that were drawn or fitted), `norm`
+    (of the stored row).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

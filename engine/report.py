@@ -195,7 +195,8 @@ def _init(summary: dict[str, Any]) -> str:
     tied = " The head is the embedding." if summary["tied"] else ""
     return (
         "<h2>New vocabulary before any training</h2>"
-        f"<p>{summary['new_rows']:,} new rows; methods are embedding/head; chosen: {escape(summary['chosen'])}.{tied}</p>"
+        f"<p>{summary['new_rows']:,} new rows; methods are embedding/head; "
+        f"chosen: {escape(summary['chosen'])}.{tied}</p>"
         + _svg(figure)
         + _table(
             (

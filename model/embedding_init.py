@@ -1,8 +1,8 @@
 """Rows for new vocabulary: the embedding and LM head of a hybrid tokenizer, from those of its base.
 
-RedWhale (arXiv 2408.11294) compares ways to fill the new rows and keeps token decomposition: split the new piece with the
-base tokenizer and average the base rows, in the embedding and in the LM head. The methods are in `init_methods`; here
-their rows are finished (norms, byte-only pieces, collisions) and written, one tensor in memory at a time.
+RedWhale (arXiv 2408.11294) compares ways to fill the new rows and keeps token decomposition: split the new piece with
+the base tokenizer and average the base rows, in the embedding and in the LM head. The methods are in `init_methods`;
+here their rows are finished (norms, byte-only pieces, collisions) and written, one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def new_rows(
     generator: torch.Generator,
     *,
     matrix: Matrix = "embedding",
-    finish: RowFinish = RowFinish(),  # noqa: B008 (frozen)
+    finish: RowFinish = RowFinish(),
 ) -> NewRows:
     """Fill, match, break collisions and round once to the dtype of `base_rows`.
 
@@ -89,9 +89,7 @@ def new_rows(
         rows[coincide] += noise * finish.break_collisions * base_rows.float().std()
         rounded = rows.to(base_rows.dtype)
         left = coinciding(rounded, base_rows)
-    return NewRows(
-        rounded, method, weights, int(bytes_alone.sum()), int(coincide.sum()), int(left.sum())
-    )
+    return NewRows(rounded, method, weights, int(bytes_alone.sum()), int(coincide.sum()), int(left.sum()))
 
 
 def match_rows(rows: Tensor, base_rows: Tensor, match: Matching) -> Tensor:
@@ -143,7 +141,7 @@ def make_rows(
     *,
     embedding: InitMethod = "decomposition",
     head: InitMethod = "decomposition",
-    finish: RowFinish = RowFinish(),  # noqa: B008 (frozen)
+    finish: RowFinish = RowFinish(),
     seed: int = 0,
     first_new_row: int | None = None,
 ) -> dict[str, NewRows]:
@@ -243,7 +241,7 @@ def extend_checkpoint(
     *,
     embedding: InitMethod = "decomposition",
     head: InitMethod = "decomposition",
-    finish: RowFinish = RowFinish(),  # noqa: B008 (frozen)
+    finish: RowFinish = RowFinish(),
     seed: int = 0,
     first_new_row: int | None = None,
     extra_files: Sequence[Path] = (),

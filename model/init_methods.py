@@ -137,9 +137,7 @@ def _multivariate(base_rows: Tensor, count: int, generator: torch.Generator) -> 
     return torch.randn(count, len(mean), generator=generator) @ root.T + mean
 
 
-def sub_token_weights(
-    vocabulary: NewVocabulary, weigh: Callable[[Sequence[int]], Sequence[float]]
-) -> RowWeights:
+def sub_token_weights(vocabulary: NewVocabulary, weigh: Callable[[Sequence[int]], Sequence[float]]) -> RowWeights:
     """Weights over each piece's own sub-tokens; `weigh` gives those of one decomposition, in any scale."""
     owner, ids, weights = [], [], []
     for number, decomposition in enumerate(vocabulary.decompositions):
@@ -148,8 +146,9 @@ def sub_token_weights(
         owner += [number] * len(decomposition)
         ids += decomposition
         weights += [value / total for value in values]
-    integers = {"dtype": torch.int64}
-    return RowWeights(torch.tensor(owner, **integers), torch.tensor(ids, **integers), torch.tensor(weights))
+    return RowWeights(
+        torch.tensor(owner, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64), torch.tensor(weights)
+    )
 
 
 def _equal(vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
@@ -157,9 +156,7 @@ def _equal(vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
 
 
 def _first(vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
-    return sub_token_weights(
-        NewVocabulary([list(ids[:1]) for ids in vocabulary.decompositions]), lambda ids: [1.0]
-    )
+    return sub_token_weights(NewVocabulary([list(ids[:1]) for ids in vocabulary.decompositions]), lambda ids: [1.0])
 
 
 def _by_length(vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
@@ -201,9 +198,7 @@ def _pursuit(vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
     return _with_decomposition(found, vocabulary, matrix)
 
 
-def _with_decomposition(
-    found: tuple[Tensor, Tensor, Tensor], vocabulary: NewVocabulary, matrix: Matrix
-) -> RowWeights:
+def _with_decomposition(found: tuple[Tensor, Tensor, Tensor], vocabulary: NewVocabulary, matrix: Matrix) -> RowWeights:
     """The weights found, and those of decomposition for pieces that have none, having no vector."""
     owner, ids, weights = found
     fallback = _equal(vocabulary, matrix)

@@ -173,8 +173,8 @@ def second_vocabulary_vectors(
         new_decompositions: for each of the last pieces, the new ones, the other model's ids that spell it.
 
     Returns:
-        [V + N, D] fp32: the row of the same piece; for a new piece that the other vocabulary lacks, the mean of the rows
-        that spell it; zero for other pieces.
+        [V + N, D] fp32: the row of the same piece; for a new piece that the other vocabulary lacks, the mean of the
+        rows that spell it; zero for other pieces.
     """
     place = {piece: index for index, piece in enumerate(second_pieces)}
     vectors = torch.zeros(len(pieces), second_rows.shape[1])

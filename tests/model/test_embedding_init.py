@@ -54,7 +54,9 @@ def test_mean_averages_all_base_rows(dtype):
 
 def test_random_rows_have_the_spread_of_the_base_and_come_from_the_generator():
     rows = base_rows() * 0.02 + 1.0  # an offset must not count as spread
-    drawn = [new_rows(rows, NewVocabulary([[0]] * 500), "random", torch.Generator().manual_seed(s)).rows for s in (4, 4, 5)]
+    drawn = [
+        new_rows(rows, NewVocabulary([[0]] * 500), "random", torch.Generator().manual_seed(s)).rows for s in (4, 4, 5)
+    ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     mean = float(rows.double().mean())

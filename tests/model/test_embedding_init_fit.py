@@ -45,7 +45,9 @@ def model(tied=False):
 def decomposed(made):
     names = [EMBEDDING] if made.config.tie_word_embeddings else [EMBEDDING, HEAD]
     return {
-        name: fill_rows(made.get_parameter(name), NewVocabulary(DECOMPOSITIONS), "decomposition", torch.Generator()).rows
+        name: fill_rows(
+            made.get_parameter(name), NewVocabulary(DECOMPOSITIONS), "decomposition", torch.Generator()
+        ).rows
         for name in names
     }
 
