@@ -61,6 +61,7 @@ def main() -> None:
     arguments.add_argument("--english-heldout", type=Path, required=True)
     arguments.add_argument("--heldout-documents", type=int, default=15, help="of each file (default: %(default)s)")
     arguments.add_argument("--fit-documents", type=int, default=400, help="of each file (default: %(default)s)")
+    arguments.add_argument("--fitted", type=int, default=200, help="documents that distillation and priors look at")
     arguments.add_argument("--choices", nargs="*", default=list(UNTIED))
     arguments.add_argument("--tied", nargs="*", default=list(TIED), help="choices for the tied base, if it is tied")
     arguments.add_argument("--train", nargs="*", default=list(TRAINED), help="choices to train, untied")
@@ -83,9 +84,11 @@ def main() -> None:
     texts = [text for path in given.korean for text in first_texts([path], given.fit_documents)]
     english = "".join(first_texts(find_inputs([given.english]), 3))[: 1 << 17]
     ids = [torch.tensor(i) for i in hybrid.encode_batch(texts)]
-    english_ids = hybrid.encode_batch([english[n : n + 800] for n in range(0, len(english), 800)])
+    english_ids = hybrid.encode_batch([english[n : n + 500] for n in range(0, 500 * given.fitted, 500)])
+    cut = given.sequence_length
     fit = FitTexts(
-        [i[:256] for i in ids[:: max(1, len(ids) // 300)] if len(i) > 1], [torch.tensor(i)[:256] for i in english_ids]
+        [i[:cut] for i in ids[:: max(1, len(ids) // given.fitted)] if len(i) > 1],
+        [torch.tensor(i[:cut]) for i in english_ids if i],
     )
     vocabulary = NewVocabulary(
         decompose_pieces(proto, pieces), piece_surfaces(proto), cooccurrence_vectors(ids, hybrid.vocab_size)
