@@ -26,7 +26,12 @@ def built(korean_texts, base_path, english_lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     domains = {"sentences": korean_texts[::7], "mixed": ["국회는 Act 3를 의결했다 <s>", "새 낱말"]}
     summary = build_hybrid_tokenizer(
-        sourced(korean_texts), base_path, folder, CONFIG, domains=domains, english_sample=[*english_lines[:300], "우리 the"]
+        sourced(korean_texts),
+        base_path,
+        folder,
+        CONFIG,
+        domains=domains,
+        english_sample=[*english_lines[:300], "우리 the"],
     )
     return folder, domains, summary
 
