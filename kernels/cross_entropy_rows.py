@@ -190,7 +190,7 @@ def _first_of_the_highest(z: Tensor, target: Tensor, among_highest: Tensor) -> T
 
 def _rows_at_once(logits: Tensor) -> int:
     """Rows whose fp32 copies stay in a CPU core's caches from one pass to the next; all of them on a GPU."""
-    return len(logits) if logits.is_cuda else max(1, _CACHED_LOGITS // logits.shape[1])
+    return max(1, len(logits) if logits.is_cuda else _CACHED_LOGITS // logits.shape[1])
 
 
 def cross_entropy_rows_(
@@ -221,7 +221,7 @@ def cross_entropy_rows_(
         gradient: whether it is wanted.
         backend: see `Backend`; None for the global choice.
 
-    With the PyTorch backend, fp32 copies of the logits of some rows exist at a time on a CPU, and of all on a GPU.
+    With the PyTorch backend, logits and probabilities exist in fp32 of a few rows at a time on a CPU, of all on a GPU.
 
     Returns:
         (losses, −ln p(target), lse, hits), each [N] and 0 where ignored: fp32 weighted losses with smoothing and
@@ -235,7 +235,7 @@ def cross_entropy_rows_(
         raise ValueError(f"logits have strides {logits.stride()}: the entries of a row must be next to each other")
     if use_triton(backend, logits):
         return cross_entropy_rows(logits, targets, token_weights, *options)
-    size = max(1, _rows_at_once(logits))
+    size = _rows_at_once(logits)
     weights = itertools.repeat(None) if token_weights is None else token_weights.split(size)
     parts = [
         _torch_rows(*part, *options) for part in zip(logits.split(size), targets.split(size), weights, strict=False)

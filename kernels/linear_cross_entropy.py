@@ -14,7 +14,7 @@ and writes the block once (`cross_entropy_rows`): 4·V bytes a token in bf16, a 
 
 Chunks are large, because small ones starve the GEMMs and because the weight's gradient, in fp32 so that adding chunks
 loses nothing, is read and written once a chunk: 8·V·H bytes, which 4,096 tokens pay back. Beside the gradients, peak
-memory is one [chunk, V] block in the model's dtype; PyTorch on a GPU takes a second in fp32, and on a CPU a few rows.
+memory is one [chunk, V] block in the model's dtype; PyTorch on a GPU takes two more in fp32, and on a CPU a few rows.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def linear_cross_entropy_forward(
     # As even as the tiles allow: a short last chunk would read the whole weight for a few tokens.
     even = math.ceil(tokens / max(1, math.ceil(tokens / chunk_tokens)))
     chunk = max(1, min(chunk_tokens, math.ceil(even / _GEMM_TILE) * _GEMM_TILE, tokens))
-    # Every chunk works in the same blocks: on a CPU, mapping fresh ones takes a third more time.
+    # Every chunk works in the same block: on a CPU, mapping fresh ones takes a third more time.
     logits_block = hidden.new_empty(chunk, len(weight))
     found = []
     for start in range(0, max(1, tokens), chunk):
@@ -291,7 +291,7 @@ def linear_cross_entropy(
             to it in place of `.grad`, which stays as it is (and whose hooks do not run), so that micro-batches, too,
             are added in fp32.
         chunk_tokens: most tokens whose logits exist at once: 2·chunk_tokens·V bytes in bf16, and with PyTorch on a GPU
-            4 more each. None takes 1,024 on a CPU and 4,096 elsewhere.
+            8 more each. None takes 1,024 on a CPU and 4,096 elsewhere.
         backend: see `Backend`; None for the global choice.
 
     Returns:

@@ -102,11 +102,15 @@ def packed_attention(
         shape = (len(lengths), lengths[0])
         output = _sdpa(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), sliding_window)
         return output.flatten(0, 1)
-    return _attention_by_length(q, k, v, lengths, sliding_window)
+    if q.device.type == "cpu":
+        return _attention_by_length(q, k, v, lengths, sliding_window)
+    # On a GPU the indices of padding would have to be waited for, and no kernels are made for lengths.
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_sdpa(qi[None], ki[None], vi[None], sliding_window)[0] for qi, ki, vi in parts])
 
 
 def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sliding_window: int | None) -> Tensor:
-    """Attention of documents of different lengths, those in need of alike padding in one call.
+    """Attention on a CPU of documents of different lengths, those in need of alike padding in one call.
 
     What pads a document stands behind it, where causal attention does not look. Torch's attention on CPUs makes kernels
     anew for every length and keeps them for good, with their buffers: memory would grow with every step.
@@ -117,9 +121,9 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
         of_length.setdefault(-(-length // _PADDED_TO) * _PADDED_TO, []).append(document)
     outputs, places = [], []
     for padded, group in of_length.items():
-        steps = torch.arange(padded, device=q.device)
-        first = torch.tensor([begins[document] for document in group], device=q.device)[:, None]
-        length = torch.tensor([lengths[document] for document in group], device=q.device)[:, None]
+        steps = torch.arange(padded)
+        first = torch.tensor([begins[document] for document in group])[:, None]
+        length = torch.tensor([lengths[document] for document in group])[:, None]
         rows = first + torch.minimum(steps, length - 1)
         q_, k_, v_ = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
         real = (steps < length).flatten().nonzero().squeeze(1)
