@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .tokenizer_parsers import TOKENIZER_COMMANDS, add_tokenizer_parsers
+
 _STEP_HELP = {
     "base": "pretrain a small base model, where the recipe names no checkpoint",
     "filter": "raw Korean text to a clean, deduplicated corpus",
@@ -26,6 +28,9 @@ _STEP_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's to mend, 130 or 143 stopped by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["tokenizer"] and " ".join(arguments[:2]) in TOKENIZER_COMMANDS:
+        arguments[:2] = [" ".join(arguments[:2])]  # beside `redwhale tokenizer RECIPE`
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes all positional arguments at once, so overrides behind an option are left over.
@@ -83,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--profile", type=int, default=0, metavar="N", help="trace N steps of each stage with torch.profiler"
             )
         step.set_defaults(command=_run, only=name)
+
+    add_tokenizer_parsers(commands, common)
 
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")

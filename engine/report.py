@@ -150,7 +150,7 @@ def _tokenizer(summary: dict[str, Any]) -> str:
     return (
         "<h2>Tokenizer</h2>"
         f"<p>{summary['base_pieces']:,} base pieces and {summary['added']:,} added ones; base "
-        f"{escape(summary['base'])}; {summary['english_lines_changed']:,} of {summary['english_lines']:,} "
+        f"{escape(summary['base'])}; {len(summary['english_changes']):,} of {summary['english_lines']:,} "
         "English lines encode differently.</p>"
         + _svg(figure)
         + _table(

@@ -54,7 +54,7 @@ def export_hf_tokenizer(
     }
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    return [_write(output_dir / name, data) for name, data in files.items()]
+    return [write_file(output_dir / name, data) for name, data in files.items()]
 
 
 def require_exportable(proto: ModelProto) -> None:
@@ -172,7 +172,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> Path:
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a file that appears under its name only when it is complete; return its path.
+
+    Raises TokenizerError when the system does not let it be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

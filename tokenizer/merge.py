@@ -1,40 +1,11 @@
 """Append Korean pieces to a base tokenizer so that every id of the base keeps its meaning and its reachability."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from .errors import TokenizerError
 from .spm import NORMAL, SPACE, ModelProto, bare_processor
-
-_SYLLABLES = re.compile(f"{SPACE}?[가-힣]+")
-_SYLLABLES_AND_JAMO = re.compile(f"{SPACE}?[가-힣ㄱ-ㅣ]+")  # ㅋㅋㅋ and ㅠㅠ as well
-
-
-def hangul_pieces(trained: ModelProto, *, keep_jamo: bool = False) -> list[str]:
-    """Return the pieces of pure Hangul syllables, with or without a leading ▁, in training order.
-
-    keep_jamo admits compatibility jamo (ㅋㅋ) too.
-    """
-    pattern = _SYLLABLES_AND_JAMO if keep_jamo else _SYLLABLES
-    return [piece.piece for piece in trained.pieces if piece.type == NORMAL and pattern.fullmatch(piece.piece)]
-
-
-def select_hangul_pieces(
-    trained: ModelProto, base: ModelProto, *, max_pieces: int | None = None, keep_jamo: bool = False
-) -> list[str]:
-    """Return the Hangul pieces of `trained` that `base` lacks, in training order, at most `max_pieces` of them.
-
-    A limit keeps all single syllables first, which every longer piece is built from (BPE training lists them last,
-    by frequency), then the earliest merges; so what is left out are leaves of the merge forest only.
-    """
-    known = {piece.piece for piece in base.pieces}
-    pieces = [piece for piece in hangul_pieces(trained, keep_jamo=keep_jamo) if piece not in known]
-    if max_pieces is None or len(pieces) <= max_pieces:
-        return pieces
-    order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i]) > 1, i))
-    return [pieces[i] for i in sorted(order[:max_pieces])]
 
 
 def merge_pieces(base: ModelProto, pieces: Sequence[str]) -> ModelProto:

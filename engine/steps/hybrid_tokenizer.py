@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from ...filtering import read_documents
 from ...tokenizer import build_hybrid_tokenizer
+from ...tokenizer.byte_level import ByteLevelBPE, is_byte_level
+from ..progress import Progress
 from ..run_folder import StepResult
-from .context import Context, Unit, config_of, texts_with_progress
+from .context import Context, Unit, config_of
 
 _REPORT_DOCUMENTS = 1000
 
@@ -25,7 +29,10 @@ def units(context: Context) -> list[Unit]:
 
     def check() -> None:
         context.check_source("filter")
-        context.check_base()
+        if context.recipe.base.tokenizer is not None and is_byte_level(context.base_tokenizer):
+            ByteLevelBPE.load(context.base_tokenizer)
+        else:
+            context.check_base()
         context.check_heldout()
 
     described = config_of(config)
@@ -33,13 +40,13 @@ def units(context: Context) -> list[Unit]:
 
 
 def run_tokenizer(context: Context, folder: Path) -> StepResult:
-    """Train on the filtered corpus, merge into the base, export, and measure token ratios on held-out text."""
+    """Train on the filtered corpus, append to the base, export, and measure token ratios on held-out text."""
     config = context.recipe.tokenizer
     assert config is not None
     domains = context.heldout_texts(_REPORT_DOCUMENTS)
     english = [line for text in domains.get("english", []) for line in text.splitlines() if line.strip()]
     summary = build_hybrid_tokenizer(
-        texts_with_progress("read corpus", context.corpus_files("train")),
+        sourced_texts("read corpus", context.corpus_files("train")),
         context.base_tokenizer,
         folder,
         config,
@@ -51,7 +58,25 @@ def run_tokenizer(context: Context, folder: Path) -> StepResult:
     ratio = f", token ratio {korean.ratio:.2f} on held-out Korean" if korean else ""
     return StepResult(
         summary={"base": str(context.base_tokenizer), **msgspec.to_builtins(summary)},
-        outputs=["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"],
+        outputs=sorted(path.name for path in folder.glob("*token*") if path.suffix in (".json", ".model")),
         went_in=f"{summary.base_pieces:,} base pieces",
         came_out=f"{summary.vocab_size:,} pieces ({summary.added:,} Korean){ratio}",
     )
+
+
+def sourced_texts(
+    label: str, paths: Iterable[Path], sources: dict[Path, str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Source and text of all documents in files, showing how far they are read.
+
+    Args:
+        label: of the progress bar.
+        paths: the files.
+        sources: names to give the documents of a file instead of their own.
+    """
+    paths = list(paths)
+    with Progress(label, sum(path.stat().st_size for path in paths), "B") as progress:
+        for path in paths:
+            for document in read_documents(path):
+                yield (sources or {}).get(path, document.source), document.text
+            progress.update(path.stat().st_size)

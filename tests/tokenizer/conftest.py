@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 import sentencepiece
 
-from redwhale.tokenizer import Tokenizer, load_model_proto, merge_reachable, select_hangul_pieces, train_korean_bpe
+from redwhale.tokenizer import Tokenizer, load_model_proto, merge_reachable, script_pieces, train_korean_bpe
 from redwhale.tokenizer.export import export_hf_tokenizer
 from redwhale.tokenizer.spm import ModelProto
 
@@ -90,7 +90,7 @@ def trained(korean_texts, base) -> ModelProto:
 
 @pytest.fixture(scope="session")
 def hybrid(trained, base) -> ModelProto:
-    return merge_reachable(base, select_hangul_pieces(trained, base))[0]
+    return merge_reachable(base, script_pieces(trained, base))[0]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from redwhale.tokenizer import (
     load_model_proto,
     merge_pieces,
     merge_reachable,
-    select_hangul_pieces,
+    script_pieces,
 )
 from redwhale.tokenizer.export import _json, require_exportable, tokenizer_json
 
@@ -94,7 +94,7 @@ def test_decoding_gives_the_text_of_the_model(hf, tokenizer, korean_texts):
 
 def test_ids_of_a_real_base_equal_those_of_the_model(real_base_path, trained, korean_texts, english_lines, tmp_path):
     base = load_model_proto(real_base_path)
-    export_hf_tokenizer(merge_reachable(base, select_hangul_pieces(trained, base))[0], tmp_path)
+    export_hf_tokenizer(merge_reachable(base, script_pieces(trained, base))[0], tmp_path)
     hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     texts = HAND_WRITTEN + RUNS + list(fuzz(2000)) + korean_texts[:100] + english_lines[:1000]

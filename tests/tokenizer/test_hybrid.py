@@ -9,11 +9,16 @@ from redwhale.tokenizer import (
     TokenizerError,
     build_hybrid_tokenizer,
     load_model_proto,
+    open_encoder,
     token_ratio,
 )
-from redwhale.tokenizer.hybrid import count_parity
+from redwhale.tokenizer.proofs import count_parity
 
 CONFIG = TokenizerConfig(vocab_size=700, max_added=300, character_coverage=1.0, threads=1)
+
+
+def sourced(texts):
+    return (("made", text) for text in texts)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,12 @@ def built(korean_texts, base_path, english_lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     domains = {"sentences": korean_texts[::7], "mixed": ["국회는 Act 3를 의결했다 <s>", "새 낱말"]}
     summary = build_hybrid_tokenizer(
-        korean_texts, base_path, folder, CONFIG, domains=domains, english_sample=[*english_lines[:300], "우리 the"]
+        sourced(korean_texts),
+        base_path,
+        folder,
+        CONFIG,
+        domains=domains,
+        english_sample=[*english_lines[:300], "우리 the"],
     )
     return folder, domains, summary
 
@@ -32,12 +42,13 @@ def test_summary_counts_what_was_built(built, base_path, base, english_lines):
     assert summary.base_pieces == len(base.pieces)
     assert summary.added == 300 == len(hybrid.pieces) - len(base.pieces)
     assert summary.vocab_size == len(hybrid.pieces)
-    assert summary.overlap == 4  # 가 한 국 어 are in the base
-    assert summary.trained_hangul_pieces > 304
+    assert summary.candidates > 304
+    assert summary.reserved == 0
+    assert summary.training_characters.keys() == {"made"}
     assert summary.dropped_unreachable == []
     assert summary.sha256 == Tokenizer(folder / "tokenizer.model").sha256
     assert summary.english_lines == 301
-    assert summary.english_lines_changed == 1  # the one with Korean in it
+    assert summary.english_changes == ["우리 the"]
     assert summary.parity_mismatches == 0
     specials = sum(any(s in line for s in ("<s>", "</s>", "<unk>")) for line in english_lines[:300])
     assert summary.parity_texts == 301 + len(built[1]["sentences"]) + 2 - 1 - specials
@@ -65,31 +76,34 @@ def test_ratio_is_measured_per_domain(built, base_path):
 
 def test_building_twice_writes_the_same_files(built, korean_texts, base_path, tmp_path):
     folder, domains, _ = built
-    build_hybrid_tokenizer(korean_texts, base_path, tmp_path, CONFIG, domains=domains)
+    build_hybrid_tokenizer(sourced(korean_texts), base_path, tmp_path, CONFIG, domains=domains)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def test_parity_is_null_without_tokenizers_and_counts_what_differs(built, tmp_path, base_path, monkeypatch):
     folder, _, _ = built
-    hybrid = Tokenizer(folder / "tokenizer.model")
-    assert count_parity(Tokenizer(base_path), folder, ["the", "우리는", "a<s>"]) == (2, 1)
+    hybrid = open_encoder(folder / "tokenizer.model")
+    exported = folder / "tokenizer.json"
+    assert count_parity(open_encoder(base_path), exported, ["the", "우리는", "a<s>"]) == (2, 1)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert count_parity(hybrid, folder, ["the"]) is None
+    assert count_parity(hybrid, exported, ["the"]) is None
 
 
 def test_corpus_without_new_hangul_is_refused(english_lines, base_path, tmp_path):
-    with pytest.raises(TokenizerError, match="the corpus yields no new Hangul piece; check that it is Korean"):
-        build_hybrid_tokenizer(english_lines[:2000], base_path, tmp_path / "out", CONFIG, domains={})
+    with pytest.raises(TokenizerError, match="training corpus holds no Korean text; check the files"):
+        build_hybrid_tokenizer(sourced(english_lines[:2000]), base_path, tmp_path / "out", CONFIG, domains={})
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
-def test_domain_without_words_is_refused(tokenizer, texts):
+def test_domain_without_words_is_refused(exported, texts):
+    tokenizer = open_encoder(exported)
     with pytest.raises(TokenizerError, match="the domain 'news' holds no words; give it text or leave it out"):
         token_ratio(tokenizer, tokenizer, {"news": texts})
 
 
-def test_domain_that_is_one_string_is_refused(tokenizer):
+def test_domain_that_is_one_string_is_refused(exported):
+    tokenizer = open_encoder(exported)
     with pytest.raises(TokenizerError, match=r"the domain 'news' is one string.*pass \[text\]"):
         token_ratio(tokenizer, tokenizer, {"news": "한국어"})
 
@@ -98,6 +112,8 @@ def test_domain_that_is_one_string_is_refused(tokenizer):
     ("setting", "sentence"),
     [
         ({"vocab_size": 0}, "vocab_size is 0; it must be positive"),
+        ({"balance": 2.0}, "balance is 2.0; it must lie between 0 and 1"),
+        ({"min_frequency": -1}, "min_frequency is -1; give 0 or more"),
         ({"max_added": -1}, "max_added is -1; give a positive number, or 0 for no limit"),
         ({"max_training_bytes": -5}, "max_training_bytes is -5; give a positive number, or 0 for no limit"),
         ({"character_coverage": 1.5}, "character_coverage is 1.5; it must lie between 0.9 and 1"),

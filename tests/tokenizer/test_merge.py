@@ -9,52 +9,29 @@ import sentencepiece
 from redwhale.tokenizer import (
     Tokenizer,
     TokenizerError,
-    hangul_pieces,
     load_model_proto,
     merge_pieces,
     merge_reachable,
-    select_hangul_pieces,
+    script_pieces,
     unreachable_pieces,
 )
 
 
 def test_selected_pieces_are_new_hangul_in_training_order(trained, base):
     known = {piece.piece for piece in base.pieces}
-    selected = select_hangul_pieces(trained, base)
+    selected = script_pieces(trained, base)
     expected = []
     for piece in trained.pieces:
         syllables = piece.piece.removeprefix("▁")
         if syllables and all("HANGUL SYLLABLE" in hangul_name(c) for c in syllables) and piece.piece not in known:
             expected.append(piece.piece)
     assert selected == expected
-    assert {"가", "한", "국", "어"} <= known & set(hangul_pieces(trained))
+    assert {"가", "한", "국", "어"} <= known & {piece.piece for piece in trained.pieces}
     assert len(selected) > 300
 
 
 def hangul_name(character):
     return unicodedata.name(character, "")
-
-
-def test_jamo_runs_are_kept_on_request(make_proto):
-    trained = make_proto(
-        [(piece, -i) for i, piece in enumerate(["ㅋㅋ", "하", "▁ㅠㅠ", "하ㅋ", "a하", "漢", "▁", "."])]
-    )
-    base = make_proto([("▁", -1)])
-    assert select_hangul_pieces(trained, base) == ["하"]
-    assert select_hangul_pieces(trained, base, keep_jamo=True) == ["ㅋㅋ", "하", "▁ㅠㅠ", "하ㅋ"]
-
-
-@pytest.mark.parametrize("limit", [50, 200, 250, 300, 10_000])
-def test_limit_leaves_out_only_leaves(trained, base, limit):
-    everything = select_hangul_pieces(trained, base)
-    selected = select_hangul_pieces(trained, base, max_pieces=limit)
-    assert len(selected) == min(limit, len(everything))
-    assert selected == [piece for piece in everything if piece in set(selected)]
-    singles = [piece for piece in everything if len(piece) == 1]
-    assert [piece for piece in selected if len(piece) == 1] == singles[:limit]
-    merged, dropped = merge_reachable(base, selected)
-    assert dropped == []
-    assert len(merged.pieces) == len(base.pieces) + len(selected)
 
 
 def test_base_ids_and_scores_are_unchanged(base, hybrid):
@@ -158,7 +135,7 @@ def test_english_ids_are_unchanged(base_path, tokenizer, english_lines):
 
 def test_english_ids_of_a_real_base_are_unchanged(real_base_path, trained, english_lines, tmp_path):
     base = load_model_proto(real_base_path)
-    merged, dropped = merge_reachable(base, select_hangul_pieces(trained, base))
+    merged, dropped = merge_reachable(base, script_pieces(trained, base))
     assert dropped == []
     path = tmp_path / "tokenizer.model"
     path.write_bytes(merged.SerializeToString())
