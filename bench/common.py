@@ -63,10 +63,12 @@ def parser(description: str | None, result: str) -> argparse.ArgumentParser:
 def shown_command(script: str, paths: Sequence[Path], arguments: Sequence[str]) -> str:
     """The command line with DATA for the folder that holds all `paths` outside the project.
 
-    Paths in the project are shown relative to it, and paths with nothing in common by their last part.
+    Paths in the project are shown relative to it, files of installed packages and paths with nothing in common by their
+    last part.
     """
     inputs = {path.resolve() for path in paths}
-    outside = [path for path in inputs if not path.is_relative_to(PROJECT)]
+    packaged = {path for path in inputs if "site-packages" in path.parts}
+    outside = [path for path in inputs - packaged if not path.is_relative_to(PROJECT)]
     folders = [path.parent if path.is_file() else path for path in outside]
     common = Path(os.path.commonpath(folders or ["/"]))
     shown = []
@@ -76,7 +78,8 @@ def shown_command(script: str, paths: Sequence[Path], arguments: Sequence[str]) 
         if path in inputs and path.is_relative_to(PROJECT):
             value = path.relative_to(PROJECT).as_posix()
         elif path in inputs:
-            value = (Path("DATA") / (path.name if len(common.parts) < 2 else path.relative_to(common))).as_posix()
+            alone = path in packaged or len(common.parts) < 2
+            value = (Path("DATA") / (path.name if alone else path.relative_to(common))).as_posix()
         shown.append(name + separator + value)
     return shlex.join(["python", script, *shown])
 

@@ -30,9 +30,10 @@ from redwhale.tokenizer import (
 )
 from redwhale.tokenizer.byte_level import is_byte_level
 from redwhale.tokenizer.export import tokenizer_json
-from redwhale.tokenizer.gguf import byte_level_json
+from redwhale.tokenizer.gguf_file import byte_level_json
 from redwhale.tokenizer.hybrid import corpus_words, trained_candidates
 from redwhale.tokenizer.proofs import count_parity
+from redwhale.tokenizer.sweep import knee, sweep_sizes
 
 PLAIN = TokenizerConfig(vocab_size=24_000)
 
@@ -121,6 +122,11 @@ def named_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def sizes(text: str) -> list[int]:
+    """Numbers between commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     """Measure and write the result."""
     arguments = parser(__doc__, "hybrid_tokenizers")
@@ -132,6 +138,14 @@ def main() -> None:
     arguments.add_argument("--vocab-size", type=int, default=40_000, help="pieces to train (default: %(default)s)")
     arguments.add_argument("--max-added", type=int, default=20_000, help="pieces to add (default: %(default)s)")
     arguments.add_argument("--balance", type=float, default=0.3, help="power of a source's size (default: %(default)s)")
+    arguments.add_argument(
+        "--sweep",
+        type=sizes,
+        default=[],
+        metavar="N,N,...",
+        help="numbers of added pieces, on the first base",
+    )
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep's curve there")
     given = arguments.parse_args()
 
     domains = kobest_texts(given.kobest)
@@ -146,6 +160,17 @@ def main() -> None:
                 base.write_text(json.dumps(byte_level_json(dict(given.base)[name])), encoding="utf-8")
             hybrids.append({"base": name, **measure(base, given.korean, config, domains, english)})
             print(name, hybrids[-1]["ratios"], hybrids[-1].get("plain"))
+    swept = {}
+    if given.sweep:
+        enough = msgspec.structs.replace(config, vocab_size=max(given.vocab_size, 2 * max(given.sweep)))
+        rows = sweep_sizes(documents_of(given.korean), given.base[0][1], enough, given.sweep, domains)
+        bend = knee([row.added for row in rows], [row.mean_ratio for row in rows])
+        swept = {"sweep": {"base": given.base[0][0], "vocab_size": enough.vocab_size, "knee": bend}}
+        swept["sweep"]["sizes"] = msgspec.to_builtins(rows)
+        if given.plot:
+            from redwhale.engine.sweep_plot import plot_sweep
+
+            plot_sweep(rows, bend, given.plot)
     write_result(
         given.result,
         __file__,
@@ -153,6 +178,7 @@ def main() -> None:
             "config": msgspec.to_builtins(config),
             "training_files": [path.name for path in given.korean],
             "hybrids": hybrids,
+            **swept,
         },
         data=[
             *(*given.korean, given.kobest, given.english),

@@ -10,6 +10,7 @@ from .byte_level import ByteLevelBPE, is_byte_level
 from .encoder import Encoder, JsonEncoder, load_json_tokenizer, open_encoder
 from .errors import TokenizerError
 from .fuzz import fuzz_texts
+from .llama_cpp_encoder import LlamaCpp
 from .merge import unreachable_pieces
 from .spm import parse_model, read_model_bytes
 
@@ -71,6 +72,7 @@ def check_tokenizer(
         checks.append(_parity("tokenizer.json gives the ids of the .model", encoder, JsonEncoder(exported), corpus))
     if exported.exists():
         _try(checks, skipped, "transformers", lambda: _transformers(encoder, exported, corpus))
+    _try(checks, skipped, "llama.cpp", lambda: _llama_cpp(encoder, corpus))
     if base is not None:
         checks += _against_base(encoder, open_encoder(base), list(english))
     return CheckReport(path=str(path), vocab_size=encoder.vocab_size, checks=checks, skipped=skipped)
@@ -93,8 +95,10 @@ def count_parity(encoder: Encoder, exported: Path, texts: Sequence[str]) -> tupl
 def _try(checks: list[Check], skipped: dict[str, str], package: str, make: Callable[[], Check]) -> None:
     try:
         checks.append(make())
-    except ImportError:
-        skipped[package] = "it is not installed"
+    except ImportError as missing:
+        skipped[package] = f"{missing.name or package} is not installed"
+    except TokenizerError as error:
+        skipped[package] = str(error)
 
 
 def _compared(
@@ -179,6 +183,12 @@ def _transformers(encoder: Encoder, exported: Path, corpus: Sequence[str]) -> Ch
         theirs,
         type(loaded).__name__,
     )
+
+
+def _llama_cpp(encoder: Encoder, corpus: Sequence[str]) -> Check:
+    texts = [encoder.normalized(text) for text in corpus]
+    theirs = LlamaCpp(encoder.path).encode_batch(texts)
+    return _compared("llama.cpp gives the same ids", texts, encoder.encode_batch(texts), theirs)
 
 
 def _against_base(encoder: Encoder, base: Encoder, english: Sequence[str]) -> list[Check]:

@@ -73,6 +73,23 @@ def byte_level_json(path: Path) -> dict[str, Any]:
     }
 
 
+def pre_tokenizer_name(raw: dict[str, Any], path: Path) -> str:
+    """Return the name that GGUF has for how a `tokenizer.json` cuts texts into words.
+
+    Raises TokenizerError when it has none that is known here.
+    """
+    steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
+    for name, known in _PRE_TOKENIZERS.items():
+        if _essence(steps) == _essence(known):
+            return name
+    raise TokenizerError(f"GGUF has no name for how {str(path)!r} cuts texts into words, or none that is known here")
+
+
+def _essence(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # Trimmed offsets change no ids; a regular expression is on where a file does not say.
+    return [{"use_regex": True, **{k: v for k, v in step.items() if k != "trim_offsets"}} for step in steps]
+
+
 def _metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
     if data[:4] != b"GGUF":
         raise TokenizerError(f"{str(path)!r} is no GGUF file")
