@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add_tokenizer_parsers(commands, common)
 
+    plan = commands.add_parser("plan", parents=[recipe], help="memory, time and cost of every stage, before paying")
+    plan.add_argument(
+        "--gpu", default="h100-80gb", metavar="NAME", help="h100-80gb (default), h200, ... or NAME=BYTES,TFLOPS,GBPS"
+    )
+    plan.add_argument("--model", metavar="MODEL", help="preset or checkpoint, where the recipe's base is not at hand")
+    plan.add_argument("--price", type=float, metavar="N", help="of an hour, for the cost")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    plan.set_defaults(command=_plan)
+
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")
     generate.add_argument(
@@ -152,6 +161,15 @@ def _run(options: argparse.Namespace) -> None:
             print(f'no report: it needs {missing.name}, pip install "redwhale[report]"')
         else:
             print(f"report: {write_report(recipe.run_dir)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .plan_command import plan_recipe
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for line in plan_recipe(recipe, options.gpu, model=options.model, price=options.price, output=options.json):
+        print(line, flush=True)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -122,7 +122,7 @@ class Gradients:
         """Names of the parameters whose gradients kernels add to a buffer."""
         return self._buffers.keys()
 
-    def nbytes(self) -> int:
-        """Bytes held now, in `.grad`, accumulators and buffers."""
+    def tensors(self) -> list[Tensor]:
+        """What is held now: `.grad`s, accumulators and buffers."""
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        return sum(tensor.nbytes for tensor in (*gradients, *self._accumulators.values(), *self._buffers.values()))
+        return [*gradients, *self._accumulators.values(), *self._buffers.values()]

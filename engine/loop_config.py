@@ -8,7 +8,7 @@ import msgspec
 
 from ..model.activations import Activations
 from .optimizer_config import NotNegative
-from .stages import Positive
+from .stages import Auto, Positive, Stage
 
 NotNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 Tracker = Literal["tensorboard", "wandb"]
@@ -19,9 +19,10 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     batch_size: Positive = 16
     """Sequences in a global batch."""
-    micro_batch_size: Positive = 4
-    """Most sequences in one forward pass; changes memory and speed, not what is computed."""
-    activations: Activations = "recompute-cheap"
+    micro_batch_size: Positive | Auto = 4
+    """Most sequences in one forward pass; changes memory and speed, not what is computed. "auto", here and in the next,
+    takes what is estimated fastest of what fits the device."""
+    activations: Activations | Auto = "recompute-cheap"
     """What the forward pass keeps for backward, see `Llama`."""
     compile: bool = False
     """Compile the decoder layers with torch.compile."""
@@ -51,6 +52,40 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         if (self.patience or self.keep_best) and not self.validate_every:
             raise ValueError("patience and keep_best compare validations: set validate_every")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether something is left to `redwhale.engine.run_plan.resolve_auto`."""
+        return "auto" in (self.micro_batch_size, self.activations)
+
+    @property
+    def resolved_micro_batch_size(self) -> int:
+        """`micro_batch_size`.
+
+        Raises:
+            ValueError: if it is still "auto".
+        """
+        if self.micro_batch_size == "auto":
+            raise ValueError('micro_batch_size is "auto": resolve_auto decides it')
+        return self.micro_batch_size
+
+    @property
+    def resolved_activations(self) -> Activations:
+        """`activations`.
+
+        Raises:
+            ValueError: if it is still "auto".
+        """
+        if self.activations == "auto":
+            raise ValueError('activations is "auto": resolve_auto decides it')
+        return self.activations
+
+
+def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
+    """The loop with what the stage itself says of it."""
+    names = ("batch_size", "micro_batch_size", "activations")
+    own = {name: value for name in names if (value := getattr(stage, name)) is not None}
+    return msgspec.structs.replace(loop, **own)
 
 
 RESULT_NEUTRAL = frozenset(

@@ -262,7 +262,14 @@ class StageOptimizer:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held now, by kind: `masters`, `moments` and `gradients`, the last with `.grad`."""
-        return {**state_bytes(self._states.values()), "gradients": self._gradients.nbytes()}
+        return {
+            **state_bytes(self._states.values()),
+            "gradients": sum(tensor.nbytes for tensor in self.gradient_tensors()),
+        }
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """The gradients that are held now, and the buffers that kernels add to."""
+        return self._gradients.tensors()
 
     @torch.no_grad()
     def _take_gradient(self, name: str) -> None:

@@ -18,6 +18,7 @@ from .selectors import check_selectors, layer_index
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Precision = Literal["auto", "bf16", "fp32"]
+Auto = Literal["auto"]
 
 
 class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,8 +96,8 @@ class Stage(OptimizerConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Go on with the optimizer state of the parameters that the stage before trained too; else all begins anew."""
     batch_size: Positive | None = None
     """Sequences in a global batch; None, here and in the next three, for what the loop says."""
-    micro_batch_size: Positive | None = None
-    activations: Activations | None = None
+    micro_batch_size: Positive | Auto | None = None
+    activations: Activations | Auto | None = None
     precision: Precision | None = None
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class TrainStep:
         freeze_all_but(model, self.trained)
         model.train()
         if isinstance(model, Llama):
-            model.model.activations = loop.activations
+            model.model.activations = loop.resolved_activations
             if loop.compile:
                 compile_layers(model)
         self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed)

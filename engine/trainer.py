@@ -21,7 +21,7 @@ from .checkpoints import CheckpointStore
 from .errors import Interrupted, RecipeError, TrainingError
 from .evaluation import LossResult, ValidationSet, evaluate_loss
 from .flops import device_peak_flops
-from .loop_config import LoopConfig
+from .loop_config import LoopConfig, loop_of
 from .losses import LossFunction, next_token_loss
 from .prefetch import prefetched
 from .profiling import profiled
@@ -99,7 +99,8 @@ class Trainer:
         on_log: called with every line of metrics.
 
     Raises:
-        RecipeError: if the stage names what this model does not have, or a value of it or of the loop is out of bounds.
+        RecipeError: if the stage names what this model does not have, a value of it or of the loop is out of bounds, or
+            "auto" finds nothing that fits.
         TrainingError: if something that the loop asks for is not installed.
 
     Example:
@@ -128,6 +129,12 @@ class Trainer:
     ) -> None:
         self.model, self.stage = model, _checked(stage)
         self.loop = _checked(loop_of(stage, loop))
+        if self.loop.is_auto:
+            from .run_plan import resolve_auto  # brings in a part of torch that takes a second to load
+
+            self.loop = resolve_auto(
+                model, stage, self.loop, sequence_length=sequence_length, first_new_row=first_new_row
+            )
         self.folder = Path(folder)
         self.sequence_length = sequence_length
         self.steps = stage.steps(self.loop.batch_size, sequence_length)
@@ -148,7 +155,7 @@ class Trainer:
         self.loader = BatchLoader(
             data,
             batch_size=self.loop.batch_size,
-            micro_batch_size=self.loop.micro_batch_size,
+            micro_batch_size=self.loop.resolved_micro_batch_size,
             seed=seed,
             first_sequence=first_sequence,
             device=self.device,
@@ -251,7 +258,7 @@ class Trainer:
             name: evaluate_loss(
                 self.model,
                 held_out.source,
-                batch_size=self.loop.micro_batch_size,
+                batch_size=self.loop.resolved_micro_batch_size,
                 text_bytes=held_out.text_bytes,
                 loss=self.validation_loss,
             )
@@ -359,13 +366,6 @@ def _checked(config: _Config) -> _Config:
     except msgspec.ValidationError as error:
         raise RecipeError(f"{type(config).__name__}: {error}") from None
     return config
-
-
-def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
-    """The loop with what the stage itself says of it."""
-    names = ("batch_size", "micro_batch_size", "activations")
-    own = {name: value for name in names if (value := getattr(stage, name)) is not None}
-    return msgspec.structs.replace(loop, **own)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .launch import INTERPRETED, TRITON_INSTALLED, capturing
+from .launch import INTERPRETED, TRITON_INSTALLED, capturing, on_gpu
 
 Backend = Literal["auto", "triton", "torch"]
 """`auto`: Triton for tensors on a GPU, where it is installed, else PyTorch. The other two insist."""
@@ -60,16 +60,16 @@ def use_triton(backend: Backend | None, *tensors: Tensor | None) -> bool:
     if chosen == "torch":
         return False
     given = [tensor for tensor in tensors if tensor is not None]
-    on_gpu = all(tensor.is_cuda for tensor in given)
+    all_on_gpu = all(map(on_gpu, given))
     floats = all(tensor.dtype in _FLOATS for tensor in given)
     if chosen == "auto":
-        return TRITON_INSTALLED and on_gpu and floats
+        return TRITON_INSTALLED and all_on_gpu and floats
     if not TRITON_INSTALLED:
         raise RuntimeError('the backend "triton" needs the package triton, which is not installed')
     if not floats:
         kinds = ", ".join(sorted({str(tensor.dtype) for tensor in given}))
         raise TypeError(f'the backend "triton" takes fp32, bf16 and fp16 tensors, not {kinds}; use "torch" or "auto"')
-    if not (on_gpu or INTERPRETED or capturing()):
+    if not (all_on_gpu or INTERPRETED or capturing()):
         raise RuntimeError(
             'the backend "triton" runs on a GPU; on a CPU it needs Triton\'s interpreter: set TRITON_INTERPRET=1 '
             "before Python starts"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,16 @@ INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 """(kernel, grid, arguments, constants and options) of one start."""
 
-_captured: list[Launch] | None = None
+
+class LaunchSink(Protocol):
+    """Takes what would start."""
+
+    def append(self, launch: Launch, /) -> None:
+        """Called once a start, in order."""
+        ...
+
+
+_captured: LaunchSink | None = None
 _captured_capability = 90
 
 
@@ -79,11 +88,19 @@ def captured_launches(capability: int = 90) -> Iterator[list[Launch]]:
     Args:
         capability: what `compute_capability` says meanwhile.
     """
-    global _captured, _captured_capability
-    previous, launches = (_captured, _captured_capability), []
-    _captured, _captured_capability = launches, capability
-    try:
+    launches: list[Launch] = []
+    with launches_sent_to(launches, capability):
         yield launches
+
+
+@contextlib.contextmanager
+def launches_sent_to(sink: LaunchSink, capability: int = 90) -> Iterator[None]:
+    """`captured_launches` into a sink, which need not hold on to the tensors among the arguments."""
+    global _captured, _captured_capability
+    previous = _captured, _captured_capability
+    _captured, _captured_capability = sink, capability
+    try:
+        yield
     finally:
         _captured, _captured_capability = previous
 
@@ -91,6 +108,11 @@ def captured_launches(capability: int = 90) -> Iterator[list[Launch]]:
 def capturing() -> bool:
     """Whether `captured_launches` is in effect."""
     return _captured is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is treated as on a GPU: it is on one, or on `meta` while starts are captured."""
+    return tensor.is_cuda or (tensor.is_meta and capturing())
 
 
 def kernel_op(*, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

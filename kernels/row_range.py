@@ -38,6 +38,12 @@ def check_row_range(weight: Tensor, trained_rows: Tensor, first_row: int) -> Non
         )
     if weight.requires_grad:
         raise ValueError("a weight of which only some rows train must not require a gradient itself")
-    # Addresses are unknown while a graph is traced.
-    if not torch.compiler.is_compiling() and trained_rows.data_ptr() != weight[first_row:].data_ptr():
+    # Storages are unknown while a graph is traced.
+    if not torch.compiler.is_compiling() and not _shares(trained_rows, weight[first_row:]):
         raise ValueError("the trained rows are a copy: make them with row_range once the weight is where it stays")
+
+
+def _shares(rows: Tensor, of: Tensor) -> bool:
+    """Whether `rows` begin where `of` does. Storages are compared, since tensors without contents have no address."""
+    same = rows.untyped_storage()._cdata == of.untyped_storage()._cdata
+    return same and rows.storage_offset() == of.storage_offset()

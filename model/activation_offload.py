@@ -140,7 +140,8 @@ class HostOffload:
                 assert storage.on_device is not None
                 like = storage.on_device
                 storage.on_host = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-                storage.on_host.copy_(like, non_blocking=True)
+                if not like.is_meta:  # which has a size and no content
+                    storage.on_host.copy_(like, non_blocking=True)
             group.copied = None if self._stream is None else self._stream.record_event()
 
     def _release(self, group: _Group) -> None:
@@ -161,7 +162,8 @@ class HostOffload:
         targets = [torch.empty_like(host, device=self._device) for host in hosts]
         with self._copying():
             for storage, host, target in zip(missing, hosts, targets, strict=True):
-                target.copy_(host, non_blocking=True)
+                if not target.is_meta:
+                    target.copy_(host, non_blocking=True)
                 if self._stream is not None:  # backward may end before it reads what was fetched ahead for it
                     target.record_stream(self._stream)
                 storage.on_device = target

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.launch import on_gpu
 from .activation_offload import HostOffload
 from .attention import PackedDocuments
 
@@ -42,7 +43,7 @@ def run_layers(
     Returns:
         [N, H].
     """
-    offload = HostOffload(x.device, shared=(cos, sin)) if policy == "offload" and x.is_cuda else None
+    offload = HostOffload(x.device, shared=(cos, sin)) if policy == "offload" and on_gpu(x) else None
     for layer in layers:
         if policy == "full":
             x = checkpoint(layer, x, cos, sin, documents, None, use_reentrant=False)  # type: ignore[assignment]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_backends import BACKENDS, resolve_backend
+from ..kernels.launch import capturing
+from .attention_backends import BACKENDS, flash_shapes, resolve_backend
 
 _PADDED_TO = 64
 """Documents are padded to multiples of so many tokens for attention on a CPU."""
@@ -94,6 +95,8 @@ def packed_attention(
     Returns:
         [N, heads, D].
     """
+    if q.is_meta and capturing():
+        return flash_shapes(q, k, v, documents.lengths, sliding_window)
     name = resolve_backend(backend, q)
     if name != "sdpa":
         return BACKENDS[name](q, k, v, documents.cu_seqlens, documents.max_seqlen, sliding_window)

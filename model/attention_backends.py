@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.launch import launch
 from .errors import CheckpointError
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
@@ -77,6 +78,39 @@ def torch_varlen(
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # type: ignore[return-value]
+
+
+class _FlashShapes(torch.autograd.Function):
+    """The tensors of flash attention without their contents: what it returns, keeps for backward and works in."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pairs: int) -> Tensor:
+        """[N, heads, D]."""
+        output = torch.empty_like(q)
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, output, lse)
+        ctx.flops = 4 * pairs * q.shape[1] * q.shape[2]  # of the two products
+        launch("flash attention", (1,), q, k, v, output, lse, flops=ctx.flops)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        q, k, v, output, lse = ctx.saved_tensors
+        # Sums over blocks of keys in fp32, and of k and v one gradient for each query head, added up at the end.
+        sums, deltas = torch.empty_like(q, dtype=torch.float32), torch.empty_like(lse)
+        expanded = [torch.empty_like(q) for x in (k, v) if x.shape[1] != q.shape[1]]
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        # Four products, and the scores once more.
+        tensors = (*grads, q, k, v, output, lse, sums, deltas, *expanded, *results)
+        launch("flash attention, backward", (1,), *tensors, flops=ctx.flops * 5 // 2)
+        return *results, None
+
+
+def flash_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sliding_window: int | None) -> Tensor:
+    """Stands for the flash-attn package, version 2, where kernels are captured and tensors have no content."""
+    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
+    pairs = sum(triangle(n) - triangle(max(0, n - (sliding_window or n))) for n in lengths)
+    return _FlashShapes.apply(q, k, v, pairs)  # type: ignore[return-value]
 
 
 def _window(sliding_window: int | None) -> tuple[int, int]:

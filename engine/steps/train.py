@@ -13,13 +13,14 @@ from ..batches import PackedSequences, SequenceSource
 from ..device import resolve_precision
 from ..errors import RecipeError
 from ..evaluation import ValidationSet
+from ..loop_config import loop_of
 from ..mixture import MixedSequences
 from ..progress import scaled
 from ..recipe import CORPUS, TrainConfig
 from ..run_folder import StepResult
 from ..shards import TokenShards
 from ..stages import Stage
-from ..trainer import Trainer, loop_of
+from ..trainer import Trainer
 from .context import Context, Unit, config_of, model_outputs
 
 _OPTIMIZER_STATE = "optimizer.safetensors"

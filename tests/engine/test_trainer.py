@@ -566,3 +566,15 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, data):
             run.train_step.take(step, batches[step], 50)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_settings_train_as_those_they_resolve_to(tmp_path, data):
+    auto = trainer(tiny_model(), stage(("all",)), data, tmp_path / "auto", micro_batch_size="auto", activations="auto")
+    found = {"micro_batch_size": auto.loop.micro_batch_size, "activations": auto.loop.activations}
+    assert found["micro_batch_size"] == 4
+    assert found["activations"] in ("none", "recompute-cheap")
+    auto.run()
+    fixed = trainer(tiny_model(), stage(("all",)), data, tmp_path / "fixed", **found)
+    fixed.run()
+    for (name, a), b in zip(auto.model.named_parameters(), fixed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
