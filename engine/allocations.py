@@ -152,3 +152,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _nbytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def measured_peak(run: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had handed out at once while `run` ran, by its own events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest

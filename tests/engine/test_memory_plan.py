@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import torch
 from tiny import TINY
-from torch.profiler import ProfilerActivity, profile
 
 from redwhale.engine import LoopConfig, Stage
+from redwhale.engine.allocations import measured_peak
 from redwhale.engine.cli import main
 from redwhale.engine.errors import RecipeError
 from redwhale.engine.flops import attention_pairs, training_flops
@@ -26,28 +26,19 @@ CONFIG = replace(TINY, vocab_size=2000, hidden_size=64, intermediate_size=160, n
 LENGTH, NEW = 128, 1500
 
 
-def measured_peak(stage: Stage, loop: LoopConfig, dtype: torch.dtype) -> int:
-    """Highest sum of all allocations in two real steps, from the events of torch's CPU allocator."""
+def train(stage: Stage, loop: LoopConfig, dtype: torch.dtype) -> None:
+    """Two real steps."""
     loop = loop_of(stage, loop)
     sequences = loop.resolved_micro_batch_size
     micro_batches = min(2, loop.batch_size // sequences)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = Llama(CONFIG).to(dtype)
-        step = TrainStep(model, stage, loop, steps=10, loss=next_token_loss, first_new_row=NEW)
-        for number in range(2):
-            batches = [_batch(sequences, LENGTH, "cpu") for _ in range(micro_batches)]
-            for batch in batches:
-                batch.input_ids.random_(0, CONFIG.vocab_size)
-                batch.targets.random_(0, CONFIG.vocab_size)
-            step.take(number, batches, micro_batches * sequences * LENGTH)
-            del batches
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    step = TrainStep(Llama(CONFIG).to(dtype), stage, loop, steps=10, loss=next_token_loss, first_new_row=NEW)
+    for number in range(2):
+        batches = [_batch(sequences, LENGTH, "cpu") for _ in range(micro_batches)]
+        for batch in batches:
+            batch.input_ids.random_(0, CONFIG.vocab_size)
+            batch.targets.random_(0, CONFIG.vocab_size)
+        step.take(number, batches, micro_batches * sequences * LENGTH)
+        del batches
 
 
 def stages(*plans: str) -> list[Stage]:
@@ -75,7 +66,7 @@ def test_planned_memory_is_what_torch_allocates(stage, policy, changes, sequence
     loop = LoopConfig(batch_size=4, micro_batch_size=sequences, activations=policy)
     options = {"sequence_length": LENGTH, "dtype": dtype, "device": "cpu", "first_new_row": NEW}
     planned = stage_memory(CONFIG, stage, loop, **options).peak_bytes
-    assert planned == pytest.approx(measured_peak(stage, loop, dtype), rel=0.05)
+    assert planned == pytest.approx(measured_peak(lambda: train(stage, loop, dtype)), rel=0.05)
 
 
 def test_every_built_in_stage_is_among_the_cases():
