@@ -1,7 +1,7 @@
 """The memory plan against torch's CPU allocator, and what it says of SOLAR-10.7B on GPUs.
 
-First, small models train two real steps in every stage of every built-in plan, over policies, optimizers and both dtypes:
-how far is the plan from the most that the allocator had handed out? Then the stages of a recipe are planned for GPUs.
+First, small models train two real steps in every stage of every built-in plan, over policies, optimizers and dtypes.
+The plan is held against the most that the allocator had handed out. Then the stages of a recipe are planned for GPUs.
 """
 
 import itertools
