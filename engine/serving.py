@@ -24,6 +24,7 @@ from starlette.routing import Route
 from .chat import Answer, ChatModel, Sampling
 from .conversations import Message
 from .errors import USER_ERRORS
+from .text_generation import prompt_ids
 
 _UNSUPPORTED = (
     *("tools", "functions", "response_format", "logprobs", "top_logprobs", "logit_bias", "audio", "echo", "suffix"),
@@ -67,7 +68,7 @@ class _ChatRequest(_Request, kw_only=True):
 
 
 class _TextRequest(_Request, kw_only=True):
-    prompt: str | list[str] | list[int]
+    prompt: str | list[str | int]
 
 
 _Kind = TypeVar("_Kind", bound=_Request)
@@ -184,14 +185,14 @@ def _sampling(asked: _Request, defaults: Sampling, limit: int | None, usual: int
     return msgspec.structs.replace(defaults, **{key: value for key, value in given.items() if value is not None})
 
 
-def _prompts(prompt: str | list[str] | list[int], chat: ChatModel) -> list[list[int]]:
-    from .text_generation import prompt_ids
-
+def _prompts(prompt: str | list[str | int], chat: ChatModel) -> list[list[int]]:
     if isinstance(prompt, str):
         return [prompt_ids(chat.tokenizer, prompt)]
-    if prompt and all(isinstance(entry, int) for entry in prompt):
-        return [[int(entry) for entry in prompt]]
-    return [prompt_ids(chat.tokenizer, str(entry)) for entry in prompt]
+    texts = [entry for entry in prompt if isinstance(entry, str)]
+    ids = [entry for entry in prompt if isinstance(entry, int)]
+    if not prompt or (texts and ids):
+        raise _BadRequest("prompt must be a text, a list of texts, or the token ids of one")
+    return [prompt_ids(chat.tokenizer, text) for text in texts] or [ids]
 
 
 class _Shape:
