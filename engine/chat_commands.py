@@ -67,7 +67,6 @@ def chat(
             messages = shorter
             turn = sum(message.role == "user" for message in messages) - 1
             messages.append(Message("assistant", _say_answer(model, messages, sampling, turn, say)))
-    say("\n")
 
 
 def _beginning(system: str | None) -> list[Message]:
@@ -100,4 +99,5 @@ def _typed(note: Callable[[str], None]) -> Iterator[str]:
         try:
             yield input("> ")
         except (EOFError, KeyboardInterrupt):
+            print()
             return

@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[talk], help="an OpenAI-compatible endpoint, for trying out")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--name", help="what clients call the model; by default its folder's name")
     serve.set_defaults(command=_serve)
 
     new = commands.add_parser("new", parents=[common], help="a checkpoint with random weights")
@@ -262,14 +263,16 @@ def _serve(options: argparse.Namespace) -> None:
     from .errors import RunError
 
     try:
-        from .serving import serve
+        from .serving import listen, serve
     except ModuleNotFoundError as missing:
         raise RunError(f'serving needs {missing.name}: pip install "redwhale[serve]"') from None
 
+    listening = listen(options.host, options.port)  # before the weights, which take long to read
     model = load_chat_model(
         options.checkpoint, template=options.template, device=options.device, precision=options.precision
     )
-    serve(model, host=options.host, port=options.port)
+    model.name = options.name or model.name
+    serve(model, listening)
 
 
 def _new(options: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ have, are refused, and others are ignored.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +25,7 @@ from starlette.routing import Route
 
 from .chat import Answer, ChatModel, Sampling
 from .conversations import Message
-from .errors import USER_ERRORS
+from .errors import USER_ERRORS, RunError
 from .text_generation import prompt_ids
 
 _UNSUPPORTED = (
@@ -139,9 +141,30 @@ def create_app(chat: ChatModel, *, defaults: Sampling | None = None) -> Starlett
     )
 
 
-def serve(chat: ChatModel, *, host: str = "127.0.0.1", port: int = 8000, defaults: Sampling | None = None) -> None:
-    """Answer requests until interrupted."""
-    uvicorn.run(create_app(chat, defaults=defaults), host=host, port=port, log_level="info")
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that has the port; raises RunError if it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen()  # who connects before the server runs waits
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"cannot listen on port {port} of {host} ({error}): choose others with --host and --port"
+        ) from None
+    return bound
+
+
+def serve(chat: ChatModel, listening: socket.socket, *, defaults: Sampling | None = None) -> None:
+    """Answer requests that come to a socket of `listen` until interrupted."""
+    config = uvicorn.Config(create_app(chat, defaults=defaults), log_level="info", lifespan="off")
+    server = uvicorn.Server(config)
+    host, port = listening.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    print(f"{chat.name} answers on http://{address}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+        server.run(sockets=[listening])
 
 
 async def _decode(request: Request, kind: type[_Kind]) -> _Kind:

@@ -1,6 +1,10 @@
 """Talking to a fine-tuned checkpoint: from Python, in the terminal, and over the OpenAI API with its own client."""
 
 import io
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -93,14 +97,14 @@ def test_system_instructions_begin_the_conversation(model):
     said: list[str] = []
     chat(model, GREEDY, lines=iter(["/system 짧게", "첫 낱말은?"]), say=said.append, note=pytest.fail)
     expected = "".join(model.answer([Message("system", "짧게"), *MESSAGES], GREEDY))
-    assert "".join(said) == f"{expected}\n\n"
+    assert "".join(said) == f"{expected}\n"
 
 
 def test_the_command_answers_the_lines_of_a_pipe(finished, model, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("첫 낱말은?\n"))
     folder = finished.run_dir / "export" / "model"
     assert main(["chat", str(folder), "--temperature", "0", "--max-new-tokens", "12"]) == 0
-    assert capsys.readouterr().out.startswith("".join(model.answer(MESSAGES, GREEDY)) + "\n")
+    assert capsys.readouterr().out == "".join(model.answer(MESSAGES, GREEDY)) + "\n"
 
 
 def test_generates_chat_option_uses_the_checkpoints_template(finished, model, capsys):
@@ -119,6 +123,30 @@ def test_a_checkpoint_without_a_template_needs_one(finished, capsys):
 
 
 # The endpoint.
+
+
+def test_a_port_that_is_taken_is_one_sentence(finished, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(finished.run_dir / "export" / "model"), "--port", str(port)]) == 2
+    assert f"cannot listen on port {port} of 127.0.0.1" in capsys.readouterr().err
+
+
+def test_the_command_serves_until_it_is_interrupted(finished):
+    command = [sys.executable, "-m", "redwhale.engine.cli", "serve", str(finished.run_dir / "export" / "model")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([*command, "--port", str(port), "--name", "toy"], stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(60, server.kill)
+    timer.start()
+    with server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == f"toy answers on http://127.0.0.1:{port}/v1 (Ctrl-C ends it)\n"
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=30)
+        assert [entry.id for entry in client.models.list()] == ["toy"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    timer.cancel()
 
 
 @pytest.fixture(scope="module")
