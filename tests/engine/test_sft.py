@@ -1,9 +1,12 @@
+import csv
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_jsonl
 
 from redwhale.engine import load_recipe, run_recipe
 from redwhale.engine.batches import IGNORE_INDEX, Batch, ExampleSequences
@@ -13,6 +16,9 @@ from redwhale.engine.errors import DataError
 from redwhale.engine.sft import encode_conversation, encode_conversations
 from redwhale.model import Llama, ModelConfig
 from redwhale.tokenizer import Tokenizer
+
+SHARED = Path(__file__).parents[2].parent / "shared/data"
+STORIES, PAIRS = SHARED / "models/stories15m", SHARED / "sft/chatbot_ko.csv"
 
 CHATS = [
     Conversation((Message("user", "안녕하세요?"), Message("assistant", "네, 안녕하세요.")), "a.jsonl", 1),
@@ -184,6 +190,28 @@ def test_a_template_that_is_no_name_and_no_file_is_refused_before_any_work(finis
     recipe = sft_recipe(finished, tiny_root, tmp_path, "sft.template=human")
     with pytest.raises(DataError, match="the chat template 'human' is none of redwhale, chatml, llama-2"):
         run_recipe(recipe, say=pytest.fail)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (STORIES.exists() and PAIRS.exists()), reason="the real model and pairs are not on this machine"
+)
+def test_fine_tuning_a_real_model_on_real_pairs_lowers_the_loss_on_held_out_answers(tmp_path):
+    with PAIRS.open(encoding="utf-8", newline="") as file:
+        rows = [{"instruction": row["Q"], "output": row["A"]} for row in csv.DictReader(file)][::50]
+    write_jsonl(tmp_path / "train.jsonl", rows[:120])
+    write_jsonl(tmp_path / "heldout.jsonl", rows[120:150])
+    assert {row["instruction"] for row in rows[:120]}.isdisjoint(row["instruction"] for row in rows[120:150])
+    (tmp_path / "tune.toml").write_text(
+        f'runs = "{tmp_path}"\nprecision = "fp32"\n[base]\ncheckpoint = "{STORIES}"\n'
+        f'[sft]\ndata = ["{tmp_path}/train.jsonl"]\nheldout = ["{tmp_path}/heldout.jsonl"]\n'
+        'train = ["all"]\nsequence_length = 256\nbatch_size = 4\nlr = 1e-3\n[export]\n',
+        encoding="utf-8",
+    )
+    tuned, exported = run_recipe(load_recipe(tmp_path / "tune.toml"), say=lambda line: None)
+    assert tuned["summary"]["bad_rows"] == tuned["summary"]["too_long"] == 0
+    assert tuned["after"] < 0.8 * tuned["before"]
+    assert exported["summary"]["verification"]["same_chat"]  # with Llama-2's own tokenizer
 
 
 def test_examples_of_one_conversation_are_the_same_whatever_is_packed_beside(template):
