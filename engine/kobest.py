@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from .statistics import macro_f1, mean_and_stderr
+
 # The harness's `target_delimiter`, put between context and choice.
 _DELIMITER = " "
 _NO_YES = ("아니오", "예")
@@ -132,6 +134,22 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[_Row], MultipleChoiceItem]]] 
     "wic": (("Target", "SENTENCE1", "SENTENCE2", "ANSWER"), _wic),
 }
 KOBEST_TASKS = tuple(_TASKS)
+# The text columns of the hub's data set and ours, then our column of the label and its values.
+_HUB_COLUMNS: dict[str, tuple[dict[str, str], str, dict[str, int]]] = {
+    "boolq": ({"paragraph": "Text", "question": "Question"}, "Answer", _FALSE_TRUE),
+    "copa": (
+        {"premise": "sentence", "question": "question", "alternative_1": "1", "alternative_2": "2"},
+        "Answer",
+        {"1": 0, "2": 1},
+    ),
+    "hellaswag": (
+        {"context": "context", **{f"ending_{i}": f"choice{i}" for i in range(1, 5)}},
+        "label",
+        {str(i): i for i in range(4)},
+    ),
+    "sentineg": ({"sentence": "Text"}, "Label", {"0": 0, "1": 1}),
+    "wic": ({"word": "Target", "context_1": "SENTENCE1", "context_2": "SENTENCE2"}, "ANSWER", _FALSE_TRUE),
+}
 # The tasks whose harness configuration also reports acc_norm.
 _LENGTH_NORMALISED = frozenset({"hellaswag"})
 
@@ -146,6 +164,20 @@ def read_task(folder: Path, task: str, split: str = "test") -> list[MultipleChoi
     columns, build = _TASKS[_known_task(task)]
     path = _find_file(Path(folder), task, split)
     return [build(row) for row in _read_rows(path, columns)]
+
+
+def read_documents(folder: Path, task: str, split: str = "test") -> list[dict[str, str | int]]:
+    """Read `folder/TASK/SPLIT.tsv` with the columns of `skt/kobest_v1` on the hub; errors as of `read_task`."""
+    task = _known_task(task)
+    columns, _ = _TASKS[task]
+    rows = _read_rows(_find_file(Path(folder), task, split), columns)
+    return [_document(task, row) for row in rows]
+
+
+def _document(task: str, row: _Row) -> dict[str, str | int]:
+    names, label, labels = _HUB_COLUMNS[task]
+    unwrap = _unquote if task == "hellaswag" else str
+    return {**{name: unwrap(row.text(column)) for name, column in names.items()}, "label": row.label(label, labels)}
 
 
 def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence[float]], *, task: str) -> TaskResult:
@@ -173,10 +205,10 @@ def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence
         predictions.append(int(np.argmax(values)))
         normalised.append(int(np.argmax(np.asarray(values, dtype=np.float64) / lengths)))
     gold = np.array([item.gold for item in items])
-    acc, acc_stderr = _mean_and_stderr(gold == np.array(predictions))
+    acc, acc_stderr = mean_and_stderr(gold == np.array(predictions))
     acc_norm = acc_norm_stderr = None
     if task in _LENGTH_NORMALISED:
-        acc_norm, acc_norm_stderr = _mean_and_stderr(gold == np.array(normalised))
+        acc_norm, acc_norm_stderr = mean_and_stderr(gold == np.array(normalised))
     return TaskResult(
         task=task,
         n=len(items),
@@ -186,22 +218,6 @@ def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence
         acc_norm=acc_norm,
         acc_norm_stderr=acc_norm_stderr,
     )
-
-
-def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the labels in either list, as scikit-learn's `average="macro"`."""
-    gold_array, predicted_array = np.asarray(gold), np.asarray(predicted)
-    scores = []
-    for label in np.union1d(gold_array, predicted_array):
-        in_gold, in_predicted = gold_array == label, predicted_array == label
-        scores.append(2 * np.sum(in_gold & in_predicted) / (np.sum(in_gold) + np.sum(in_predicted)))
-    return float(np.mean(scores))
-
-
-def _mean_and_stderr(correct: np.ndarray) -> tuple[float, float]:
-    values = correct.astype(np.float64)
-    stderr = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
-    return float(values.mean()), stderr
 
 
 def _known_task(task: str) -> str:

@@ -11,7 +11,7 @@ import msgspec
 from ...tokenizer import Tokenizer
 from ..evaluation import evaluate_text
 from ..kobest import KOBEST_TASKS, read_task, score
-from ..multiple_choice import log_likelihoods
+from ..choice_scoring import log_likelihoods
 from ..progress import Progress
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of

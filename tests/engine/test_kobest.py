@@ -11,10 +11,10 @@ from redwhale.engine.kobest import (
     KOBEST_TASKS,
     EvaluationDataError,
     MultipleChoiceItem,
-    macro_f1,
     read_task,
     score,
 )
+from redwhale.engine.statistics import macro_f1
 
 FULL_KOBEST = Path(__file__).parents[2].parent / "shared/data/kobest_v1"
 QUICKSTART_KOBEST = Path(__file__).parents[2] / "recipes/quickstart/kobest"
