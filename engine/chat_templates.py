@@ -6,6 +6,7 @@ words it was fine-tuned on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -128,8 +129,7 @@ class ChatTemplate:
         tokenizer: of the model.
 
     Raises:
-        DataError: if the Jinja cannot be parsed, or the conversations of this template cannot be trained on, because
-            an answer does not end with a special token or changes what stands before it.
+        DataError: if the Jinja cannot be parsed.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
@@ -143,15 +143,16 @@ class ChatTemplate:
             self._template = _environment().from_string(source, globals=texts)
         except TemplateError as error:
             raise DataError(f"the chat template is not valid Jinja: {error}") from None
-        probe = (Message("user", "A"), Message("assistant", "B"))
-        rendered, spans = self._answers(probe)
-        self.end_of_turn: int = self._special[rendered[: spans[0][1]][self._last_special(rendered, *spans[0]) :]]
-        """Id of the special token behind every answer."""
+        self.end_of_turn: int | None = None
+        """Id of the special token behind every answer; None where the template can be talked to, but not trained on."""
+        with contextlib.suppress(DataError):
+            ids, counts = self.training_ids((Message("user", "A"), Message("assistant", "B")))
+            self.end_of_turn = [i for i, inside in zip(ids, counts, strict=True) if inside][-1]
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the end of a turn, and the end of a text where that is another."""
-        return list(dict.fromkeys(i for i in (self.end_of_turn, self.tokenizer.eos_id) if i >= 0))
+        return list(dict.fromkeys(i for i in (self.end_of_turn, self.tokenizer.eos_id) if i is not None and i >= 0))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text, as transformers renders it.
@@ -171,7 +172,12 @@ class ChatTemplate:
         return self._encode(self.render(guarded, add_generation_prompt=True), [], guard)[0]
 
     def training_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole conversation, and for each whether it belongs to an answer or ends one."""
+        """Token ids of a whole conversation, and for each whether it belongs to an answer or ends one.
+
+        Raises:
+            DataError: if the template refuses the conversation, ends an answer without a special token, or changes
+                what stands before it.
+        """
         guard, guarded = self._guarded(messages)
         return self._encode(*self._answers(guarded), guard)
 

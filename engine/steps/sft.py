@@ -32,16 +32,21 @@ def units(context: Context) -> list[Unit]:
     if config is None:
         return []
     files = [Path(path) for path in (*config.data, *config.heldout)]
-    is_file = [Path(config.template)] if Path(config.template).is_file() else []
+    own_template = [Path(config.template)] if Path(config.template).is_file() else []
 
     def inputs() -> dict[str, str]:
-        return {**context.file_hashes([*files, *is_file]), **context.trained_hashes(), **context.tokenizer_hashes()}
+        return {
+            **context.file_hashes([*files, *own_template]),
+            **context.trained_hashes(),
+            **context.tokenizer_hashes(),
+        }
 
     def check() -> None:
         context.check_init()
+        conversations, _ = read_conversations(config.data)
         if context.base_tokenizer.exists():  # where it is not, the base step makes it
-            template_source(config.template, Tokenizer(context.base_tokenizer))
-        read_conversations(config.data)
+            base = Tokenizer(context.base_tokenizer)
+            ChatTemplate(template_source(config.template, base), base).training_ids(conversations[0].messages)
         if config.heldout:
             read_conversations(config.heldout)
 

@@ -206,7 +206,14 @@ def test_chatml_ends_answers_with_its_own_piece_where_the_tokenizer_has_it(tiny_
 )
 def test_templates_that_cannot_be_used_are_one_sentence(tiny_root, source, message):
     with pytest.raises(DataError, match=message):
-        ChatTemplate(source, Tokenizer(tiny_root / "data" / "tokenizer.model"))
+        ChatTemplate(source, Tokenizer(tiny_root / "data" / "tokenizer.model")).training_ids(CHATS[0])
+
+
+def test_a_template_that_cannot_be_trained_on_can_be_talked_to(tiny_root):
+    tokenizer = Tokenizer(tiny_root / "data" / "tokenizer.model")
+    template = ChatTemplate("{{ messages[-1]['content'] }}{{ eos_token }}", tokenizer)
+    assert (template.end_of_turn, template.stop_ids) == (None, [tokenizer.eos_id])
+    assert template.prompt_ids([QUESTION]) == [*tokenizer.encode("Next?"), tokenizer.eos_id]
 
 
 def test_a_users_own_template_is_read_from_a_file(tiny_root, tmp_path):
