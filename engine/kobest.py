@@ -133,7 +133,7 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[_Row], MultipleChoiceItem]]] 
     "sentineg": (("Text", "Label"), _sentineg),
     "wic": (("Target", "SENTENCE1", "SENTENCE2", "ANSWER"), _wic),
 }
-KOBEST_TASKS = tuple(_TASKS)
+KOBEST_TASKS = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 # The text columns of the hub's data set and ours, then our column of the label and its values.
 _HUB_COLUMNS: dict[str, tuple[dict[str, str], str, dict[str, int]]] = {
     "boolq": ({"paragraph": "Text", "question": "Question"}, "Answer", _FALSE_TRUE),
@@ -181,36 +181,46 @@ def _document(task: str, row: _Row) -> dict[str, str | int]:
 
 
 def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence[float]], *, task: str) -> TaskResult:
-    """Score summed log-likelihoods (nats), one list per item and one value per choice, as the harness does.
+    """Score summed log-likelihoods (nats) as the harness does for a task of KoBEST; see `score_choices`."""
+    task = _known_task(task)
+    return score_choices(items, loglikelihoods, name=task, length_normalised=task in _LENGTH_NORMALISED)
+
+
+def score_choices(
+    items: Sequence[MultipleChoiceItem],
+    loglikelihoods: Sequence[Sequence[float]],
+    *,
+    name: str,
+    length_normalised: bool = True,
+) -> TaskResult:
+    """Score summed log-likelihoods (nats), one list per item and one value per choice.
 
     The answer is the choice of highest log-likelihood, the first one on a tie. acc_norm divides by the characters (not
     bytes) of a choice without its delimiter. Standard errors are those of a mean: sample deviation / sqrt(n).
 
-    Raises EvaluationDataError if the task is unknown, there are no items, or values are nan or do not fit the items.
+    Raises EvaluationDataError if there are no items, or values are nan or do not fit the items.
     """
-    task = _known_task(task)
     if not items:
-        raise EvaluationDataError(f"there are no {task} items to score; check that its file has lines below the header")
+        raise EvaluationDataError(f"there are no {name} items to score; check that its file has lines below the header")
     if len(items) != len(loglikelihoods):
-        raise EvaluationDataError(f"{task} has {len(items)} items but {len(loglikelihoods)} lists of log-likelihoods")
-    predictions, normalised = [], []
+        raise EvaluationDataError(f"{name} has {len(items)} items but {len(loglikelihoods)} lists of log-likelihoods")
     for number, (item, values) in enumerate(zip(items, loglikelihoods, strict=True), start=1):
         if len(values) != len(item.choices):
             raise EvaluationDataError(
-                f"{task} item {number} has {len(item.choices)} choices but {len(values)} log-likelihoods"
+                f"{name} item {number} has {len(item.choices)} choices but {len(values)} log-likelihoods"
             )
         if any(math.isnan(value) for value in values):
-            raise EvaluationDataError(f"{task} item {number} has a log-likelihood of nan; check the model's weights")
-        lengths = [len(choice.lstrip()) for choice in item.choices]
-        predictions.append(int(np.argmax(values)))
-        normalised.append(int(np.argmax(np.asarray(values, dtype=np.float64) / lengths)))
+            raise EvaluationDataError(f"{name} item {number} has a log-likelihood of nan; check the model's weights")
     gold = np.array([item.gold for item in items])
+    predictions = choices_of(loglikelihoods)
     acc, acc_stderr = mean_and_stderr(gold == np.array(predictions))
     acc_norm = acc_norm_stderr = None
-    if task in _LENGTH_NORMALISED:
-        acc_norm, acc_norm_stderr = mean_and_stderr(gold == np.array(normalised))
+    if length_normalised:
+        lengths = [[len(choice.lstrip()) for choice in item.choices] for item in items]
+        divided = [np.asarray(values) / np.asarray(n) for values, n in zip(loglikelihoods, lengths, strict=True)]
+        acc_norm, acc_norm_stderr = mean_and_stderr(gold == np.array(choices_of(divided)))
     return TaskResult(
-        task=task,
+        task=name,
         n=len(items),
         acc=acc,
         acc_stderr=acc_stderr,
@@ -218,6 +228,11 @@ def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence
         acc_norm=acc_norm,
         acc_norm_stderr=acc_norm_stderr,
     )
+
+
+def choices_of(loglikelihoods: Sequence[Sequence[float] | np.ndarray]) -> list[int]:
+    """The choice of highest log-likelihood of every item, the first one on a tie."""
+    return [int(np.argmax(values)) for values in loglikelihoods]
 
 
 def _known_task(task: str) -> str:

@@ -17,6 +17,7 @@ from ..filtering import FilterConfig
 from ..model.embedding_init import InitMethod
 from ..tokenizer import TokenizerConfig
 from .errors import RecipeError
+from .kobest import KOBEST_TASKS
 from .loop_config import LoopConfig
 from .optimizer_config import AboveZero, NotNegative, OptimizerName
 from .plans import plan_stages
@@ -26,6 +27,9 @@ from .stages import Fraction, LoRAConfig, Positive, Precision, Stage
 
 CORPUS = "corpus"
 """Name of the filtered corpus in a mix."""
+
+
+NotNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,6 +179,25 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         check_selectors(self.train)
 
 
+class QAConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A set of the user's own questions, all with choices or all open."""
+
+    data: tuple[str, ...]
+    """jsonl files with `question`, `answer`, and for multiple choice `choices`."""
+    grading: Literal["exact", "contains", "f1"] = "contains"
+    """How an answer is compared with the reference."""
+    prompt: str = "질문: {question}\n답변:"
+    """Around a question with choices, and an open one where the checkpoint has no chat template."""
+    max_new_tokens: Positive = 128
+    """Of an answer."""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.prompt:
+            raise ValueError(f"prompt {self.prompt!r} must hold {{question}}, where the question goes")
+        if not self.data:
+            raise ValueError("data names no files")
+
+
 class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the checkpoints of the run are measured on."""
 
@@ -188,6 +211,25 @@ class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     kobest: str | None = None
     """Folder with TASK/SPLIT.tsv files in KoBEST's format."""
     kobest_split: str = "test"
+    kobest_tasks: tuple[Literal["boolq", "copa", "hellaswag", "sentineg", "wic"], ...] = KOBEST_TASKS
+    """Which tasks."""
+    kobest_shots: tuple[NotNegativeInt, ...] = (0,)
+    """Numbers of solved examples before each question, drawn from the train split."""
+    kobest_items: Positive | None = None
+    """Only the first items of each task, for a quick look."""
+    qa: dict[str, QAConfig] = {}
+    """The user's own questions by name."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of the installed lm_eval package."""
+    lm_eval_shots: NotNegativeInt = 0
+    lm_eval_items: Positive | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.qa:
+            if not re.fullmatch(r"[a-z0-9_-]+", name):
+                raise ValueError(f"qa set {name!r} must be named with a-z, 0-9, _ and - alone")
+        if self.kobest is not None and not (self.kobest_tasks and self.kobest_shots):
+            raise ValueError("kobest_tasks and kobest_shots must not be empty; leave kobest out to measure none")
 
 
 class ExportConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
