@@ -139,6 +139,6 @@ def read_chat_files(checkpoint: Path, template: str | None = None) -> tuple[Toke
     if source is None:
         raise RecipeError(
             f"{checkpoint} carries no chat template, so it was not fine-tuned to chat: "
-            "give one with --template (redwhale, chatml, llama-2 or a file), or use `redwhale generate`"
+            "give one with --template (redwhale, chatml, llama-2 or a file), or use `redwhale generate` without --chat"
         )
     return tokenizer, ChatTemplate(source, tokenizer)

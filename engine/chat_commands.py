@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,7 +93,8 @@ def _typed(note: Callable[[str], None]) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401 (input() can be edited once it is imported)
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401 (input() can be edited once it is imported)
 
     note(HELP)
     while True:

@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    generate.add_argument("--template", metavar="NAME", help="with --chat, instead of the checkpoint's own")
     generate.add_argument("--device", default="auto")
     generate.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto, the default, is the stored one"
@@ -202,7 +203,7 @@ def _generate(options: argparse.Namespace) -> None:
     begun: list[str] | list[list[int]] = prompts
     ends = []
     if options.chat:
-        template = read_chat_files(options.checkpoint)[1]
+        template = read_chat_files(options.checkpoint, options.template)[1]
         begun = [template.prompt_ids([Message("user", prompt)]) for prompt in prompts]
         ends = template.stop_ids
     device = resolve_device(options.device)

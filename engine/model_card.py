@@ -17,7 +17,6 @@ def model_card(context: Context) -> str:
     recipe = context.recipe
     base = recipe.base.checkpoint
     front = ["---", "language: [ko, en]", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"base_model: {base}"] if base is not None and not Path(base).is_absolute() else []
     front += [f"license: {recipe.export.license}"] if recipe.export is not None and recipe.export.license else []
     front += ["tags: [redwhale, korean]", "---"]
     named = f"`{Path(base).name}`" if base is not None else "a small model pretrained from scratch by the same recipe"

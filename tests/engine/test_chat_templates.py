@@ -209,6 +209,20 @@ def test_templates_that_cannot_be_used_are_one_sentence(tiny_root, source, messa
         ChatTemplate(source, Tokenizer(tiny_root / "data" / "tokenizer.model")).training_ids(CHATS[0])
 
 
+def test_a_piece_across_the_border_of_prompt_and_answer_counts_as_the_prompts(tiny_root):
+    tokenizer = Tokenizer(tiny_root / "data" / "tokenizer.model")
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    template = ChatTemplate(source, tokenizer)
+    ids, counts = template.training_ids([Message("user", "in th"), Message("assistant", "e end")])
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("in the end"), tokenizer.eos_id]
+    assert ids[: len(tokenizer.encode("in th")) + 1] != [tokenizer.bos_id, *tokenizer.encode("in th")]
+    answer = [i for i, inside in zip(ids, counts, strict=True) if inside]
+    assert tokenizer.decode(answer) == "end"
+
+
 def test_a_template_that_cannot_be_trained_on_can_be_talked_to(tiny_root):
     tokenizer = Tokenizer(tiny_root / "data" / "tokenizer.model")
     template = ChatTemplate("{{ messages[-1]['content'] }}{{ eos_token }}", tokenizer)
