@@ -94,9 +94,7 @@ def random_checkpoint(kobest: Path, folder: Path) -> None:
     source.mkdir()
     (source / "tokenizer.model").write_bytes(written.getvalue())
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    config = ModelConfig(
-        vocab_size=6000, hidden_size=64, intermediate_size=128, max_position_embeddings=2048, **shape
-    )
+    config = ModelConfig(vocab_size=6000, hidden_size=64, intermediate_size=128, max_position_embeddings=2048, **shape)
     model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -111,7 +109,12 @@ def compare(folder: Path, kobest: Path, task: str, shots: int, limit: int | None
     """Both evaluations of one task, and how far they are apart."""
     began = time.perf_counter()
     harness = HFLM(
-        pretrained=str(folder), device="cpu", dtype="float32", batch_size=16, add_bos_token=True, trust_remote_code=False
+        pretrained=str(folder),
+        device="cpu",
+        dtype="float32",
+        batch_size=16,
+        add_bos_token=True,
+        trust_remote_code=False,
     )
     evaluated = lm_eval.simple_evaluate(
         model=harness, tasks=[kobest_task(kobest, task)], num_fewshot=shots, limit=limit, bootstrap_iters=0
