@@ -101,7 +101,8 @@ def measure(
             found[name] = call(some)
             seconds[name].append(time.perf_counter() - began)
         apart = max(apart, *(abs(a - b) for a, b in zip(found["redwhale"], found["lm_eval"], strict=True)))
-        print(f"{begin + len(some)} of {len(items)} items", {k: round(sum(v), 1) for k, v in seconds.items()}, flush=True)
+        so_far = {name: round(sum(values), 1) for name, values in seconds.items()}
+        print(f"{begin + len(some)} of {len(items)} items", so_far, flush=True)
     ratios = [a / b for a, b in zip(seconds["lm_eval"], seconds["redwhale"], strict=True)]
     return {
         "items": len(items),

@@ -76,7 +76,8 @@ class EngineLM(TemplateLM):
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         tokens = [TokenRequest(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return [tuple(score) for score in score_continuations(self.model, tokens, max_tokens=self.max_tokens)]
+        scores = score_continuations(self.model, tokens, max_tokens=self.max_tokens)
+        return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts, in windows of the model's context."""
@@ -151,7 +152,9 @@ def kobest_task(folder: Path, task: str) -> ConfigurableTask:
         folder: with TASK/{train,dev,test}.tsv.
         task: one of `KOBEST_TASKS`.
     """
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "kobest" / f"kobest_{task}.yaml", resolve_func=True)
+    config = load_yaml(
+        Path(str(lm_eval.__file__)).parent / "tasks" / "kobest" / f"kobest_{task}.yaml", resolve_func=True
+    )
     for key in ("dataset_path", "dataset_name", "group"):
         config.pop(key, None)
     # The harness would ask the hub for the code of a metric that it has itself.

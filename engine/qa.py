@@ -68,8 +68,8 @@ def read_questions(paths: Iterable[str | Path]) -> list[Question]:
     for path in paths:
         if not path.is_file():
             raise EvaluationDataError(f"there is no file {path} with questions")
-        with open_decompressed(path) as file:
-            for number, line in enumerate(file, start=1):
+        with open_decompressed(path) as (stream, _):
+            for number, line in enumerate(stream, start=1):
                 if line.strip():
                     questions.append(_question(line, path.name, number))
     if not questions:
@@ -82,7 +82,7 @@ def read_questions(paths: Iterable[str | Path]) -> list[Question]:
     return questions
 
 
-def _question(line: bytes | str, file: str, number: int) -> Question:
+def _question(line: bytes, file: str, number: int) -> Question:
     place = f"{file}:{number}"
     try:
         row = json.loads(line)
@@ -97,8 +97,9 @@ def _question(line: bytes | str, file: str, number: int) -> Question:
         if not 0 <= answer < len(choices):
             raise EvaluationDataError(f"{place} has answer {answer}, but choices 0 to {len(choices) - 1}")
         answer = choices[answer]
-    answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(text, str) and text.strip() for text in answers):
+    given = answer if isinstance(answer, list) else [answer]
+    answers = [text for text in given if isinstance(text, str) and text.strip()]
+    if not answers or len(answers) < len(given):
         raise EvaluationDataError(f"{place} has answer {answer!r}; it must be a text, or a list of texts")
     if choices and (len(answers) != 1 or answers[0] not in choices):
         raise EvaluationDataError(f"{place} has answer {answer!r}, which is none of its choices")
@@ -204,7 +205,7 @@ def _normalised(text: str) -> str:
     # A sign before a digit is part of a number (-5, 1.5), the comma within one is not.
     kept = [
         character
-        for character, following in zip(text, f"{text[1:]} ", strict=True)
+        for character, following in zip(text, f"{text[1:]} ", strict=False)
         if character == "%"
         or (character in ".-" and following.isdigit())
         or unicodedata.category(character)[0] not in "PC"

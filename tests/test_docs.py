@@ -130,6 +130,7 @@ SECTIONS = {
     "lora": "LoRAConfig",
     "[sft]": "SFTConfig",
     "[eval]": "EvalConfig",
+    "[eval.qa.NAME]": "QAConfig",
     "[export]": "ExportConfig",
 }
 """Headings of docs/recipes.md, and the struct that each one's table describes."""
