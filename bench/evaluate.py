@@ -18,22 +18,23 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import lm_eval
 import torch
 from common import parser, write_result
 from kobest_parity import export
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from redwhale.engine.choice_scoring import encode_requests, log_likelihoods, score_continuations
 from redwhale.engine.few_shot import with_examples
-from redwhale.engine.kobest import KOBEST_TASKS, MultipleChoiceItem, read_task
+from redwhale.engine.kobest import KOBEST_TASKS, read_task
+from redwhale.engine.multiple_choice import MultipleChoiceItem
 from redwhale.model import Llama, load_model
 from redwhale.tokenizer import Tokenizer
 
 
 def main() -> None:
     """Measure and write the result."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     options = _options()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
@@ -60,19 +61,22 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     made = parser(__doc__, "evaluate-cpu")
     made.add_argument("checkpoint", type=Path, help="Hugging Face folder with tokenizer.model")
-    made.add_argument("kobest", type=Path, help="folder with TASK/{train,test}.tsv")
+    made.add_argument("kobest", type=Path, help="folder with TASK/{train,test}.tsv or .jsonl")
     made.add_argument("--task", choices=KOBEST_TASKS, default="boolq")
     made.add_argument("--shots", type=int, default=0)
     made.add_argument("--items", type=int, default=1404, help="evenly from the whole task (default: %(default)s)")
     made.add_argument("--slice", type=int, default=16, help="items scored by one, then by the other")
-    made.add_argument("--batch-size", type=int, default=16, help="requests in a batch of the harness")
+    made.add_argument(
+        "--batch-size", type=int, default=1, help="requests in a batch of the harness (default: %(default)s)"
+    )
     return made.parse_args()
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, harness: HFLM, items: list[MultipleChoiceItem], size: int
+    model: Llama, tokenizer: Tokenizer, harness: Any, items: list[MultipleChoiceItem], size: int
 ) -> dict[str, Any]:
     """Seconds of both and of this engine without shared prefixes, ratios slice by slice, and how far they agree."""
+    from lm_eval.api.instance import Instance
 
     def ours(some: list[MultipleChoiceItem]) -> list[float]:
         return [value for values in log_likelihoods(model, tokenizer, some) for value in values]

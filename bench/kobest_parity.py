@@ -17,22 +17,21 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import lm_eval
 import sentencepiece
 import torch
 from common import parser, write_result
-from lm_eval.models.huggingface import HFLM
 
 from redwhale.engine.choice_scoring import log_likelihoods
 from redwhale.engine.few_shot import with_examples
 from redwhale.engine.kobest import KOBEST_TASKS, read_task, score
-from redwhale.engine.lm_eval_adapter import kobest_task
 from redwhale.model import Llama, ModelConfig, load_model, save_model
 from redwhale.tokenizer import Tokenizer, export_hf_tokenizer, load_model_proto
 
 
 def main() -> None:
     """Compare and write the result."""
+    import lm_eval
+
     options = _options()
     logging.disable(logging.WARNING)
     results: dict[str, Any] = {}
@@ -43,7 +42,7 @@ def main() -> None:
         for model_name in options.models:
             for shots in options.shots:
                 for task in KOBEST_TASKS:
-                    found = compare(folders[model_name], options.kobest, task, shots, options.limit)
+                    found = compare(folders[model_name], options.kobest, task, shots, options.limit, options.batch_size)
                     results.setdefault(model_name, {}).setdefault(f"{shots}-shot", {})[task] = found
                     print(model_name, shots, task, found, flush=True)
     every = [found for shots in results.values() for tasks in shots.values() for found in tasks.values()]
@@ -53,7 +52,8 @@ def main() -> None:
         "largest_difference_nats": max(found["largest_difference_nats"] for found in every),
         "largest_metric_difference": max(found["largest_metric_difference"] for found in every),
     }
-    settings = {"limit": options.limit, "threads": torch.get_num_threads(), "lm_eval": lm_eval.__version__}
+    settings = {**{key: getattr(options, key) for key in ("limit", "batch_size")}, "threads": torch.get_num_threads()}
+    settings["lm_eval"] = lm_eval.__version__
     data = [options.checkpoint, options.kobest]
     write_result(options.result, __file__, {**settings, "summary": summary, "results": results}, data=data)
 
@@ -61,10 +61,11 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     made = parser(__doc__, "kobest_parity")
     made.add_argument("checkpoint", type=Path, help="Hugging Face folder with tokenizer.model")
-    made.add_argument("kobest", type=Path, help="folder with TASK/{train,dev,test}.tsv")
+    made.add_argument("kobest", type=Path, help="folder with TASK/{train,dev,test}.tsv or .jsonl")
     made.add_argument("--shots", type=int, nargs="+", default=[0, 5])
     made.add_argument("--models", nargs="+", choices=("real", "random"), default=["real", "random"])
     made.add_argument("--limit", type=int, help="first items of each task alone")
+    made.add_argument("--batch-size", type=int, default=1, help="requests in a batch of the harness")
     return made.parse_args()
 
 
@@ -105,17 +106,15 @@ def random_checkpoint(kobest: Path, folder: Path) -> None:
     export(source, folder)
 
 
-def compare(folder: Path, kobest: Path, task: str, shots: int, limit: int | None) -> dict[str, Any]:
+def compare(folder: Path, kobest: Path, task: str, shots: int, limit: int | None, batch_size: int) -> dict[str, Any]:
     """Both evaluations of one task, and how far they are apart."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    from redwhale.engine.lm_eval_adapter import kobest_task
+
     began = time.perf_counter()
-    harness = HFLM(
-        pretrained=str(folder),
-        device="cpu",
-        dtype="float32",
-        batch_size=16,
-        add_bos_token=True,
-        trust_remote_code=False,
-    )
+    harness = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size, add_bos_token=True)
     evaluated = lm_eval.simple_evaluate(
         model=harness, tasks=[kobest_task(kobest, task)], num_fewshot=shots, limit=limit, bootstrap_iters=0
     )

@@ -11,14 +11,14 @@ import torch
 from ..model import Llama
 from ..model.shared_prefix import PrefixGroup, SharedPrefixes
 from ..tokenizer import Tokenizer
-from .kobest import MultipleChoiceItem
+from .multiple_choice import MultipleChoiceItem
 
 # Rows of logits at a time: 64 MB of them for a vocabulary of 32,000.
 _LOGIT_ROWS = 512
 
 
 class TokenRequest(NamedTuple):
-    """A continuation to score behind a context, both token ids and neither empty."""
+    """A continuation to score behind a context that is not empty, both token ids."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -105,15 +105,20 @@ def score_continuations(
         max_tokens: most tokens in one forward pass (a longer group gets one of its own).
         share_prefixes: run a context that several requests have once.
         on_batch: called with the number of requests scored by each forward pass.
+
+    Raises:
+        ValueError: if a context is empty, so that nothing predicts the first token behind it.
     """
+    if not all(request.context for request in requests):
+        raise ValueError("a continuation needs a context of at least one token, such as the beginning-of-text token")
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         share_prefixes = False  # the length of the whole text turns its keys
-    scores: list[ContinuationScore | None] = [None] * len(requests)
+    scores = [ContinuationScore(0.0, True)] * len(requests)
     for groups in _batches(_groups(requests, model.config.context_length, share_prefixes), max_tokens):
         _score_batch(model, requests, groups, scores)
         on_batch(sum(len(group.places) for group in groups))
-    return [score for score in scores if score is not None]
+    return scores
 
 
 def _groups(requests: Sequence[TokenRequest], limit: int, share: bool) -> list[_Group]:
@@ -148,7 +153,7 @@ def _batches(groups: Sequence[_Group], max_tokens: int) -> Iterator[list[_Group]
 
 
 def _score_batch(
-    model: Llama, requests: Sequence[TokenRequest], groups: Sequence[_Group], scores: list[ContinuationScore | None]
+    model: Llama, requests: Sequence[TokenRequest], groups: Sequence[_Group], scores: list[ContinuationScore]
 ) -> None:
     device = model.lm_head.weight.device
     ids: list[int] = []
@@ -179,5 +184,4 @@ def _score_batch(
         nats.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1))
         best.append(logits.argmax(1) == wanted)
     for place, value, greedy in zip(places, torch.cat(nats).tolist(), torch.cat(best).tolist(), strict=True):
-        so_far = scores[place] or ContinuationScore(0.0, True)
-        scores[place] = ContinuationScore(so_far.log_likelihood + value, so_far.greedy and greedy)
+        scores[place] = ContinuationScore(scores[place].log_likelihood + value, scores[place].greedy and greedy)

@@ -1,4 +1,4 @@
-"""The command line: `redwhale run`, one command a step, `generate`, `chat`, `serve`, `new`, `upscale`, `report`."""
+"""The command line: `redwhale run`, one command a step, and those for checkpoints and finished runs."""
 
 from __future__ import annotations
 
@@ -156,6 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[common], help="one HTML page with a run's plots and tables")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/quickstart")
     report.set_defaults(command=_report)
+
+    grades = commands.add_parser("grades", parents=[common], help="count what people wrote into a sheet of answers")
+    grades.add_argument("sheet", type=Path, metavar="SHEET", help="such as a copy of runs/NAME/eval/qa-NAME.csv")
+    grades.set_defaults(command=_grades)
     return parser
 
 
@@ -311,6 +315,14 @@ def _report(options: argparse.Namespace) -> None:
         raise RunError(f'the report needs {missing.name}: pip install "redwhale[report]"') from None
 
     print(write_report(options.run_dir))
+
+
+def _grades(options: argparse.Namespace) -> None:
+    from .evaluation_tables import markdown_table
+    from .grading_sheet import grades_table, read_grades
+
+    table = grades_table(read_grades(options.sheet))
+    print(markdown_table(table.header, table.rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .kobest import EvaluationDataError, MultipleChoiceItem
+from .multiple_choice import EvaluationDataError, MultipleChoiceItem
 
 _SEPARATOR = "\n\n"
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-not-found]
-import lm_eval  # type: ignore[import-not-found]
-from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
-from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found]
-from lm_eval.api.task import ConfigurableTask  # type: ignore[import-not-found]
-from lm_eval.tasks._yaml_loader import load_yaml  # type: ignore[import-not-found]
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-not-found]
+import datasets
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..model import Llama
 from ..tokenizer import Tokenizer
 from .choice_scoring import TokenRequest, score_continuations
+from .errors import RecipeError, RunError
 from .kobest import read_documents
 from .text_generation import generate_texts
 
+_RESAMPLES = 1000
+"""Of the bootstrap, for standard errors of metrics that are no means."""
 _HUB_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 
 
@@ -83,7 +86,8 @@ class EngineLM(TemplateLM):
         """ln p of whole texts, in windows of the model's context."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            # With its own beginning-of-text token, which is predicted too: as the harness does with transformers.
+            ids = self.tok_encode(str(request.arguments[0]))
             rolled = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, rolled):
                 windows.append((None, context, continuation))
@@ -96,10 +100,10 @@ class EngineLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text behind each prompt up to a stop string; a prompt loses its beginning where there is no room."""
         answers = [""] * len(requests)
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self.tok_encode(str(request.arguments[0])) for request in requests]
         by_settings: dict[Any, list[int]] = {}
         for place, request in enumerate(requests):
-            by_settings.setdefault(_generation_settings(request.args[1], self.max_new_tokens), []).append(place)
+            by_settings.setdefault(_generation_settings(request.arguments[1], self.max_new_tokens), []).append(place)
         for (limit, stops, temperature, top_p), places in by_settings.items():
             room = min(limit, self.max_length - 1)
             places.sort(key=lambda place: -len(prompts[place]))
@@ -110,6 +114,7 @@ class EngineLM(TemplateLM):
                     self.sentencepiece,
                     [prompts[place][-(self.max_length - room) :] for place in batch],
                     stop=stops,
+                    answer=True,
                     max_new_tokens=room,
                     temperature=temperature,
                     top_p=top_p,
@@ -129,29 +134,77 @@ def _generation_settings(given: Mapping[str, Any], most: int) -> tuple[int, tupl
     return limit, stops, temperature, float(given.get("top_p") or 1.0)
 
 
-def run_tasks(model: EngineLM, tasks: Sequence[Any], *, shots: int = 0, limit: int | None = None) -> dict[str, Any]:
-    """Metrics by task, as lm-evaluation-harness computes them.
+# Its decorator hides the signature from type checkers.
+_evaluate: Callable[..., Any] = lm_eval.simple_evaluate
+
+
+@cache
+def _task_manager(include: str | None) -> TaskManager:
+    """The harness reads thousands of task files to make one."""
+    return TaskManager(include_path=include)
+
+
+def check_tasks(tasks: Sequence[str], include: str | None = None) -> None:
+    """Raise RecipeError for a task that neither the harness nor the folder `include` has, or if that is no folder."""
+    if include is not None and not Path(include).is_dir():
+        raise RecipeError(f"eval.lm_eval_include = {include!r} is no folder; give one that holds task files")
+    manager = _task_manager(include)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise RecipeError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has")
+
+
+def run_tasks(
+    model: EngineLM,
+    tasks: Sequence[Any],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    include: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics by task and group, as lm-evaluation-harness computes them; a filter other than "none" is named.
 
     Args:
         model: to evaluate.
         tasks: names that the harness knows, or tasks such as those of `kobest_task`.
-        shots: solved examples before each question.
+        shots: solved examples before each question; None for what each task asks for.
         limit: only so many items of each task.
+        include: folder with more task files.
+
+    Raises:
+        RunError: if a task's data cannot be read; the harness gets it from the hub unless its file says otherwise.
     """
-    found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0)
+    try:
+        found = _evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=_RESAMPLES,
+            task_manager=_task_manager(include),
+        )
+    except OSError as error:
+        raise RunError(f"lm_eval cannot read the data of {', '.join(map(str, tasks))}: {error}") from error
     return {
-        task: {metric.partition(",")[0]: value for metric, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in found["results"].items()
+        task: {_metric_name(key): value for key, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in {**found["results"], **found.get("groups", {})}.items()
     }
 
 
+def _metric_name(key: str) -> str:
+    """ "acc" of "acc,none", "exact_match (strict)" of "exact_match,strict"."""
+    metric, _, filtered = key.partition(",")
+    return metric if filtered in ("", "none") else f"{metric} ({filtered})"
+
+
 def kobest_task(folder: Path, task: str) -> ConfigurableTask:
-    """The harness's own task `kobest_TASK`, prompts and metrics included, with its documents read from TSV files.
+    """The harness's own task `kobest_TASK`, prompts and metrics included, with its documents read from local files.
 
     Args:
-        folder: with TASK/{train,dev,test}.tsv.
+        folder: with TASK/{train,dev,test}.tsv or .jsonl.
         task: one of `KOBEST_TASKS`.
     """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     config = load_yaml(
         Path(str(lm_eval.__file__)).parent / "tasks" / "kobest" / f"kobest_{task}.yaml", resolve_func=True
     )

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .evaluation_tables import evaluation_tables, markdown, markdown_table
+
 if TYPE_CHECKING:
     from .steps.context import Context
 
@@ -85,7 +87,7 @@ def _stages(context: Context) -> Iterator[str]:
     if recipe.sft is not None and (manifest := _manifest(context, "sft")):
         rows.append(["sft", " + ".join(recipe.sft.train), *_training(manifest, recipe.sft.lr)])
     if rows:
-        yield "## Training\n\n" + _table(_STAGE_HEADER, rows)
+        yield "## Training\n\n" + markdown_table(_STAGE_HEADER, rows)
 
 
 def _training(manifest: dict[str, Any], lr: float) -> list[str]:
@@ -102,26 +104,6 @@ def _chat(context: Context) -> Iterator[str]:
 
 
 def _results(context: Context) -> Iterator[str]:
-    """The numbers of the evaluation: a row each, a column for each checkpoint."""
     evaluation = _manifest(context, "eval") if context.recipe.eval is not None else None
-    if not evaluation or not (checkpoints := evaluation["summary"].get("checkpoints")):
-        return
-    columns = {name: dict(_numbers(measured)) for name, measured in checkpoints.items()}
-    names = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [[name, *(f"{column[name]:.4g}" if name in column else "" for column in columns.values())] for name in names]
-    if rows:
-        yield "## Results\n\n" + _table(["measured", *columns], rows)
-
-
-def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """Every number in nested objects, under the names that lead to it; lists are details, and left out."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _numbers(inner, (*path, str(key)))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield " ".join(path), float(value)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
+    if evaluation and (tables := evaluation_tables(evaluation["summary"])):
+        yield "## Results\n\n" + markdown(tables, level=3).rstrip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import unicodedata
@@ -18,14 +17,11 @@ from ..model import Llama
 from ..tokenizer import Tokenizer
 from .chat_templates import ChatTemplate
 from .conversations import Message
-from .kobest import EvaluationDataError, MultipleChoiceItem
+from .multiple_choice import EvaluationDataError, MultipleChoiceItem
 from .statistics import mean_and_stderr
 from .text_generation import generate_texts
 
 Grading = Literal["exact", "contains", "f1"]
-GRADES = ("correct", "partially correct", "incorrect")
-"""What a person may write into the `grade` column of an exported file, as in RedWhale's Financial QA."""
-_COLUMNS = ("checkpoint", "id", "question", "reference", "answer", "score", "grade")
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,47 +207,6 @@ def _normalised(text: str) -> str:
         or unicodedata.category(character)[0] not in "PC"
     ]
     return re.sub(r"\s+", "", "".join(kept)) or re.sub(r"\s+", "", text)
-
-
-def write_grading_file(path: Path, answers: dict[str, Sequence[GradedAnswer]]) -> None:
-    """Write answers as CSV for people to grade: a row for every question and checkpoint, the last column empty.
-
-    Rows of one question stand together. UTF-8 with a byte order mark, as spreadsheets expect it.
-
-    Args:
-        path: file to write.
-        answers: by checkpoint.
-    """
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for together in zip(*answers.values(), strict=True):
-            for checkpoint, graded in zip(answers, together, strict=True):
-                question = graded.question
-                reference = " | ".join(question.answers)
-                answer = [checkpoint, question.id, question.text, reference, graded.answer, f"{graded.score:.3f}", ""]
-                writer.writerow(answer)
-
-
-def read_grades(path: Path) -> dict[str, dict[str, int]]:
-    """Count the grades that people gave, by checkpoint: one of `GRADES`, or "ungraded".
-
-    Raises EvaluationDataError if the file lacks a column, or a row has another grade.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"checkpoint", "grade"} - set(reader.fieldnames or ()):
-            raise EvaluationDataError(f"{path} lacks the column {', '.join(sorted(missing))}")
-        for row in reader:
-            given = (row["grade"] or "").strip().lower()
-            if given and given not in GRADES:
-                raise EvaluationDataError(
-                    f"{path} line {reader.line_num} has the grade {given!r}; it must be one of {', '.join(GRADES)}"
-                )
-            of_checkpoint = counts.setdefault(row["checkpoint"], dict.fromkeys((*GRADES, "ungraded"), 0))
-            of_checkpoint[given or "ungraded"] += 1
-    return counts
 
 
 def graded_summary(answers: Sequence[GradedAnswer]) -> dict[str, Any]:

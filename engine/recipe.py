@@ -203,13 +203,15 @@ class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     checkpoints: tuple[Literal["base", "init", "train", "sft"], ...] = ("base", "init", "train", "sft")
     """Which checkpoints; those of steps that the recipe does not have are left out."""
+    others: dict[str, str] = {}
+    """Checkpoint folders from outside the run by name, each with its `tokenizer.model`."""
     documents: Positive = 500
     """Most documents of each held-out set."""
     window: Positive = 512
     """Most tokens of context."""
     batch_size: Positive = 8
     kobest: str | None = None
-    """Folder with TASK/SPLIT.tsv files in KoBEST's format."""
+    """Folder with TASK/SPLIT.tsv or .jsonl files in KoBEST's format."""
     kobest_split: str = "test"
     kobest_tasks: tuple[Literal["boolq", "copa", "hellaswag", "sentineg", "wic"], ...] = KOBEST_TASKS
     """Which tasks."""
@@ -221,15 +223,31 @@ class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The user's own questions by name."""
     lm_eval: tuple[str, ...] = ()
     """Tasks of the installed lm_eval package."""
-    lm_eval_shots: NotNegativeInt = 0
+    lm_eval_include: str | None = None
+    """Folder with task files of your own, beside those of the package."""
+    lm_eval_shots: NotNegativeInt | None = None
+    """Solved examples before each question; None for what each task asks for."""
     lm_eval_items: Positive | None = None
+    """Only the first items of each task."""
 
     def __post_init__(self) -> None:
         for name in self.qa:
-            if not re.fullmatch(r"[a-z0-9_-]+", name):
-                raise ValueError(f"qa set {name!r} must be named with a-z, 0-9, _ and - alone")
-        if self.kobest is not None and not (self.kobest_tasks and self.kobest_shots):
+            if not re.fullmatch(r"[a-z0-9_-]+", name) or name in KOBEST_TASKS:
+                raise ValueError(
+                    f"qa set {name!r} must be named with a-z, 0-9, _ and - alone, and not as a KoBEST task"
+                )
+        for name in self.others:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in ("base", "init", "train", "sft"):
+                raise ValueError(
+                    f"checkpoint {name!r} of others must be named with letters, digits, ., _ and - alone, "
+                    "and not as a checkpoint of the run"
+                )
+        if self.kobest is None:
+            return
+        if not (self.kobest_tasks and self.kobest_shots):
             raise ValueError("kobest_tasks and kobest_shots must not be empty; leave kobest out to measure none")
+        if self.kobest_split == "train" and any(self.kobest_shots):
+            raise ValueError("solved examples come from the train split, so kobest_split must be another one")
 
 
 class ExportConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -5,16 +5,9 @@ import json
 
 import pytest
 
-from redwhale.engine.kobest import EvaluationDataError
-from redwhale.engine.qa import (
-    GradedAnswer,
-    Question,
-    choice_items,
-    grade,
-    read_grades,
-    read_questions,
-    write_grading_file,
-)
+from redwhale.engine.grading_sheet import read_grades, write_grading_file
+from redwhale.engine.multiple_choice import EvaluationDataError
+from redwhale.engine.qa import GradedAnswer, Question, choice_items, grade, read_questions
 
 
 def write(path, *rows):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from redwhale.engine.few_shot import with_examples
-from redwhale.engine.kobest import EvaluationDataError, MultipleChoiceItem
+from redwhale.engine.multiple_choice import EvaluationDataError, MultipleChoiceItem
 from redwhale.engine.statistics import compare_paired
 
 ITEMS = [MultipleChoiceItem(f"물음 {i}:", (" 예", " 아니오"), i % 2) for i in range(9)]
