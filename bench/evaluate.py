@@ -25,7 +25,7 @@ from kobest_parity import export
 from redwhale.engine.choice_scoring import encode_requests, log_likelihoods, score_continuations
 from redwhale.engine.few_shot import with_examples
 from redwhale.engine.kobest import KOBEST_TASKS, read_task
-from redwhale.engine.multiple_choice import MultipleChoiceItem
+from redwhale.engine.multiple_choice import MultipleChoiceItem, choices_of
 from redwhale.model import Llama, load_model
 from redwhale.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def main() -> None:
         harness = HFLM(
             pretrained=str(folder), device="cpu", dtype="float32", batch_size=options.batch_size, add_bos_token=True
         )
-        measured = measure(model, tokenizer, harness, items, options.slice)
+        measured = measure(model, tokenizer, harness, items, options.slice, options.without_sharing)
     data = [options.checkpoint, options.kobest]
     settings = {
         **{key: getattr(options, key) for key in ("task", "shots", "slice", "batch_size")},
@@ -69,13 +69,14 @@ def _options() -> argparse.Namespace:
     made.add_argument(
         "--batch-size", type=int, default=1, help="requests in a batch of the harness (default: %(default)s)"
     )
+    made.add_argument("--without-sharing", action="store_true", help="also measure this engine without shared contexts")
     return made.parse_args()
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, harness: Any, items: list[MultipleChoiceItem], size: int
+    model: Llama, tokenizer: Tokenizer, harness: Any, items: list[MultipleChoiceItem], size: int, without_sharing: bool
 ) -> dict[str, Any]:
-    """Seconds of both and of this engine without shared prefixes, ratios slice by slice, and how far they agree."""
+    """Seconds of both, ratios slice by slice, and how far they agree."""
     from lm_eval.api.instance import Instance
 
     def ours(some: list[MultipleChoiceItem]) -> list[float]:
@@ -93,29 +94,41 @@ def measure(
         ]
         return [float(value) for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
 
-    for warm in (ours, theirs, unshared):
+    def choices(some: list[MultipleChoiceItem], values: list[float]) -> list[int]:
+        left = iter(values)
+        return choices_of([[next(left) for _ in item.choices] for item in some])
+
+    calls = {"redwhale": ours, "lm_eval": theirs, **({"without_sharing": unshared} if without_sharing else {})}
+    for warm in calls.values():
         warm(items[:1])
-    seconds: dict[str, list[float]] = {"redwhale": [], "without_sharing": [], "lm_eval": []}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     apart = 0.0
+    different = 0
     for begin in range(0, len(items), size):
         some = items[begin : begin + size]
         found = {}
-        for name, call in (("redwhale", ours), ("lm_eval", theirs), ("without_sharing", unshared)):
+        for name, call in calls.items():
             began = time.perf_counter()
             found[name] = call(some)
             seconds[name].append(time.perf_counter() - began)
         apart = max(apart, *(abs(a - b) for a, b in zip(found["redwhale"], found["lm_eval"], strict=True)))
+        different += sum(
+            a != b for a, b in zip(choices(some, found["redwhale"]), choices(some, found["lm_eval"]), strict=True)
+        )
         so_far = {name: round(sum(values), 1) for name, values in seconds.items()}
         print(f"{begin + len(some)} of {len(items)} items", so_far, flush=True)
     ratios = [a / b for a, b in zip(seconds["lm_eval"], seconds["redwhale"], strict=True)]
+    totals = {name: sum(values) for name, values in seconds.items()}
     return {
         "items": len(items),
-        "seconds": {name: round(sum(values), 2) for name, values in seconds.items()},
-        "lm_eval_over_redwhale": round(sum(seconds["lm_eval"]) / sum(seconds["redwhale"]), 2),
+        "seconds": {name: round(total, 2) for name, total in totals.items()},
+        **{
+            f"{name}_over_redwhale": round(totals[name] / totals["redwhale"], 2) for name in calls if name != "redwhale"
+        },
         "median_of_slices": round(statistics.median(ratios), 2),
         "lowest_slice": round(min(ratios), 2),
-        "without_sharing_over_redwhale": round(sum(seconds["without_sharing"]) / sum(seconds["redwhale"]), 2),
         "largest_difference_nats": apart,
+        "different_choices": different,
     }
 
 
