@@ -225,7 +225,9 @@ def test_names_of_the_package_exist(document):
             module = getattr(module, part, None) or importlib.import_module(".".join(parts[:depth]))
 
 
-@pytest.mark.parametrize("document", [README, DOCS / "recipes.md", DOCS / "hand-over.md"], ids=relative)
+@pytest.mark.parametrize(
+    "document", [README, DOCS / "recipes.md", DOCS / "hand-over.md", DOCS / "evaluation.md"], ids=relative
+)
 def test_command_lines_are_understood(document):
     lines = [line for _, block in blocks(document, "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if re.match(r"(\.venv/bin/)?redwhale ", line)]
