@@ -131,7 +131,9 @@ def test_the_model_card_tells_what_the_run_knows(finished, tiny_root, tmp_path):
         manifest = json.loads((finished.run_dir / step / "manifest.json").read_text(encoding="utf-8"))
         assert f"{manifest['summary']['tokens']:,}" in body
         assert f"{manifest['before']:.4f} | {manifest['after']:.4f} |" in body
-    assert "| measured | base | init | train | sft |" in body
+    assert "### KoBEST, 0-shot" in body
+    assert "80.83" in body
+    assert "| base → init | boolq |" in body
     assert str(tiny_root) not in card  # a folder of the machine it was made on says nothing to others
     assert str(tmp_path) not in card
 
