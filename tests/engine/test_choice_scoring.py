@@ -1,11 +1,14 @@
 """Continuations behind a shared context score as each text alone does, whatever is shared, cut or batched."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import TINY, tiny_model
 
 from redwhale.engine.choice_scoring import TokenRequest, score_continuations
-from redwhale.model import PackedDocuments
+from redwhale.model import Llama, PackedDocuments
+from redwhale.model.rope_scaling import RoPEScaling
 
 LIMIT = TINY.max_position_embeddings
 
@@ -35,11 +38,35 @@ def alone(model, request):
     return float(log_p.gather(1, targets[:, None]).sum()), bool((log_p.argmax(-1) == targets).all())
 
 
+def model_like(**changes):
+    model = Llama(dataclasses.replace(TINY, **changes))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
 def test_scores_equal_those_of_each_text_alone(share, max_tokens):
-    model, asked = tiny_model(), requests()
-    found = score_continuations(model, asked, max_tokens=max_tokens, share_prefixes=share)
+    assert_scores_are_those_of_each_text_alone(tiny_model(), share_prefixes=share, max_tokens=max_tokens)
+
+
+def test_a_sliding_window_ends_within_the_shared_context():
+    assert_scores_are_those_of_each_text_alone(model_like(model_type="mistral", sliding_window=9))
+
+
+def test_positions_that_depend_on_the_texts_length_share_nothing():
+    scaling = RoPEScaling(rope_type="dynamic", factor=LIMIT / 16)
+    assert_scores_are_those_of_each_text_alone(model_like(rope_scaling=scaling, max_position_embeddings=16))
+
+
+def test_a_context_without_a_token_predicts_nothing():
+    with pytest.raises(ValueError, match="at least one token"):
+        score_continuations(tiny_model(), [TokenRequest((5,), (6,)), TokenRequest((), (6, 7))])
+
+
+def assert_scores_are_those_of_each_text_alone(model, **options):
+    asked = requests()
+    found = score_continuations(model, asked, **options)
     for request, score in zip(asked, found, strict=True):
         log_likelihood, greedy = alone(model, request)
         assert score.log_likelihood == pytest.approx(log_likelihood, abs=1e-4)
