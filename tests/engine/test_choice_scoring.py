@@ -41,6 +41,10 @@ def alone(model, request):
 def model_like(**changes):
     model = Llama(dataclasses.replace(TINY, **changes))
     model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(20)  # attention that depends on positions
     return model
 
 
