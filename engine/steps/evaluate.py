@@ -15,6 +15,7 @@ from ...tokenizer import Tokenizer
 from ..chat_templates import ChatTemplate, stored_template
 from ..choice_scoring import log_likelihoods
 from ..errors import RecipeError
+from ..eval_config import EvalConfig
 from ..evaluation import evaluate_text
 from ..evaluation_tables import evaluation_tables, markdown, means_by_shots
 from ..few_shot import with_examples
@@ -23,7 +24,6 @@ from ..kobest import find_task_file, read_task, score
 from ..multiple_choice import MultipleChoiceItem, choices_of, score_choices
 from ..progress import Progress
 from ..qa import GradedAnswer, Question, answer_questions, choice_items, graded_summary, read_questions
-from ..recipe import EvalConfig
 from ..run_folder import StepResult
 from ..statistics import compare_paired
 from .context import Context, Unit, config_of
