@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,22 +40,31 @@ def write_grading_file(path: Path, answers: Mapping[str, Sequence[GradedAnswer]]
 def read_grades(path: Path) -> dict[str, dict[str, int]]:
     """Count the grades that people gave, by checkpoint: one of `GRADES`, or "ungraded".
 
-    Raises EvaluationDataError if the file lacks a column, or a row has another grade.
+    The file is UTF-8, or CP949, in which a Korean Excel stores CSV.
+
+    Raises EvaluationDataError if it is neither, lacks a column, or a row has another grade.
     """
     counts: dict[str, dict[str, int]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"checkpoint", "grade"} - set(reader.fieldnames or ()):
-            raise EvaluationDataError(f"{path} lacks the column {', '.join(sorted(missing))}")
-        for row in reader:
-            given = (row["grade"] or "").strip().lower()
-            if given and given not in GRADES:
-                raise EvaluationDataError(
-                    f"{path} line {reader.line_num} has the grade {given!r}; it must be one of {', '.join(GRADES)}"
-                )
-            of_checkpoint = counts.setdefault(row["checkpoint"], dict.fromkeys((*GRADES, "ungraded"), 0))
-            of_checkpoint[given or "ungraded"] += 1
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""))
+    if missing := {"checkpoint", "grade"} - set(reader.fieldnames or ()):
+        raise EvaluationDataError(f"{path} lacks the column {', '.join(sorted(missing))}")
+    for row in reader:
+        given = (row["grade"] or "").strip().lower()
+        if given and given not in GRADES:
+            raise EvaluationDataError(
+                f"{path} line {reader.line_num} has the grade {given!r}; it must be one of {', '.join(GRADES)}"
+            )
+        of_checkpoint = counts.setdefault(row["checkpoint"], dict.fromkeys((*GRADES, "ungraded"), 0))
+        of_checkpoint[given or "ungraded"] += 1
     return counts
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    for encoding in ("utf-8-sig", "cp949"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    raise EvaluationDataError(f"{path} is neither UTF-8 nor CP949 text; save it as CSV")
 
 
 def grades_table(counts: Mapping[str, Mapping[str, int]]) -> Table:

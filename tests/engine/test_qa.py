@@ -59,7 +59,8 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
         read_questions([write(tmp_path / "q.jsonl", row)])
 
 
-def test_people_grade_in_a_sheet_and_the_grades_are_counted(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "cp949"])
+def test_people_grade_in_a_sheet_and_the_grades_are_counted(tmp_path, encoding):
     question = Question(id="1", question="수도?", answers=("서울",))
     answers = [GradedAnswer(question=question, answer="서울, 그리고\n부산", score=1.0)]
     sheet = tmp_path / "qa.csv"
@@ -68,9 +69,15 @@ def test_people_grade_in_a_sheet_and_the_grades_are_counted(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["checkpoint"], row["answer"]) for row in rows] == [(n, "서울, 그리고\n부산") for n in ("base", "sft")]
     rows[1]["grade"] = "Partially correct"
-    with sheet.open("w", encoding="utf-8-sig", newline="") as file:
+    with sheet.open("w", encoding=encoding, newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     counts = read_grades(sheet)
     assert (counts["base"]["ungraded"], counts["sft"]["partially correct"]) == (1, 1)
+
+
+def test_a_sheet_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "qa.xlsx").write_bytes(b"PK\x03\x04\xff\xff\x00")
+    with pytest.raises(EvaluationDataError, match="neither UTF-8 nor CP949"):
+        read_grades(tmp_path / "qa.xlsx")
