@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .kobest import KOBEST_TASKS
 from .paper_results import PUBLISHED_KOBEST, kobest_means
 
 
@@ -80,25 +81,27 @@ def _text(checkpoints: Mapping[str, Any], changes: Mapping[str, Any]) -> Table:
 def _kobest(checkpoints: Mapping[str, Any]) -> Iterator[Table]:
     """A table for every number of examples: accuracy by task in percent, its mean, and the published means."""
     measured = {name: found["kobest"] for name, found in checkpoints.items() if found.get("kobest")}
-    tasks = list(dict.fromkeys(task for found in measured.values() for task in found))
-    for shots in dict.fromkeys(map(task_shots, tasks)):
-        columns = [task for task in tasks if task_shots(task) == shots]
+    first = next(iter(measured.values()), {})
+    for shots in dict.fromkeys(map(task_shots, first)):
+        columns = [task for task in first if task_shots(task) == shots]
+        names = [task.partition(" ")[0] for task in columns]
+        normalised = [task for task in columns if first[task].get("acc_norm") is not None]
         rows = []
         for name, found in measured.items():
             mean = means_by_shots(found)[shots]
             cells = [_percent(found[task]["acc"], found[task]["acc_stderr"]) for task in columns]
-            normalised = [_percent(found[task].get("acc_norm"), found[task].get("acc_norm_stderr")) for task in columns]
-            mean_cells = [_percent(mean["acc"], mean["acc_stderr"]), _percent(mean["macro_f1"])]
-            rows.append([name, *cells, *mean_cells, " ".join(filter(None, normalised))])
-        for row in PUBLISHED_KOBEST:
-            rows.append([f"{row.model} ({row.source})", *[""] * len(columns), f"{row.mean:.2f}", "", ""])
-        names = [task.partition(" ")[0] for task in columns]
-        items = ", ".join(f"{next(iter(measured.values()))[task]['n']:,}" for task in columns)
-        header = ["checkpoint", *names, "mean", "mean macro F1", "hellaswag acc_norm"]
-        note = (
-            f"Accuracy in percent and its standard error; {items} items. The published means may be of another metric "
-            "or number of examples."
-        )
+            cells += [_percent(mean["acc"], mean["acc_stderr"]), _percent(mean["macro_f1"])]
+            cells += [_percent(found[task]["acc_norm"], found[task]["acc_norm_stderr"]) for task in normalised]
+            rows.append([name, *cells])
+        items = ", ".join(f"{first[task]['n']:,}" for task in columns)
+        note = f"Accuracy in percent and its standard error; {items} items."
+        if set(names) == set(KOBEST_TASKS):  # the mean of fewer tasks is another number
+            for row in PUBLISHED_KOBEST:
+                before, behind = [""] * len(columns), [""] * (1 + len(normalised))
+                rows.append([f"{row.model} ({row.source})", *before, f"{row.mean:.2f}", *behind])
+            note += " The published means may be of another metric or number of examples."
+        header = ["checkpoint", *names, "mean", "mean macro F1"]
+        header += [f"{task.partition(' ')[0]} acc_norm" for task in normalised]
         yield Table(f"KoBEST, {shots}", header, rows, note=note)
 
 

@@ -138,7 +138,8 @@ def test_a_summary_of_an_older_run_still_has_its_tables(measured):
     tables = {table.title: table for table in evaluation_tables(old)}
     assert list(tables) == ["Held-out text", "KoBEST, 0-shot"]
     assert tables["Held-out text"].rows == [["base", "korean", "1.500", "", "0.250", "1,000"]]
-    assert tables["KoBEST, 0-shot"].rows[0] == ["base", "50.00", "50.00", "40.00", ""]
+    # The published means are of five tasks, and stand beside such a mean alone.
+    assert tables["KoBEST, 0-shot"].rows == [["base", "50.00", "50.00", "40.00"]]
     assert evaluation_tables({}) == []
     assert markdown([]) == "\n"
 
