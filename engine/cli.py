@@ -1,4 +1,4 @@
-"""The command line: `redwhale run`, one command a step, `generate`, `new`, `upscale` and `report`."""
+"""The command line: `redwhale run`, one command a step, and those for checkpoints and finished runs."""
 
 from __future__ import annotations
 
@@ -115,12 +115,36 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--chat", action="store_true", help="put the prompt into the chat template of `sft`")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    generate.add_argument("--template", metavar="NAME", help="with --chat, instead of the checkpoint's own")
     generate.add_argument("--device", default="auto")
     generate.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto, the default, is the stored one"
     )
     generate.set_defaults(command=_generate)
+
+    talk = argparse.ArgumentParser(add_help=False, parents=[common])
+    talk.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")
+    talk.add_argument(
+        "--template", metavar="NAME", help="redwhale, chatml, llama-2 or a Jinja file, instead of the checkpoint's own"
+    )
+    talk.add_argument("--device", default="auto")
+    talk.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto, the default, is the stored one"
+    )
+    chat = commands.add_parser("chat", parents=[talk], help="talk to a checkpoint in the terminal")
+    chat.add_argument("--system", metavar="TEXT", help="instructions, instead of the template's own")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of one answer")
+    chat.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy")
+    chat.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.set_defaults(command=_chat)
+    serve = commands.add_parser("serve", parents=[talk], help="an OpenAI-compatible endpoint, for trying out")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--name", help="what clients call the model; by default its folder's name")
+    serve.set_defaults(command=_serve)
 
     new = commands.add_parser("new", parents=[common], help="a checkpoint with random weights")
     new.add_argument("preset", nargs="?", metavar="PRESET", help="such as tiny-solar-10.7b; see --list")
@@ -141,6 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[common], help="one HTML page with a run's plots and tables")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/quickstart")
     report.set_defaults(command=_report)
+
+    grades = commands.add_parser("grades", parents=[common], help="count what people wrote into a sheet of answers")
+    grades.add_argument("sheet", type=Path, metavar="SHEET", help="such as a copy of runs/NAME/eval/qa-NAME.csv")
+    grades.set_defaults(command=_grades)
     return parser
 
 
@@ -175,9 +203,10 @@ def _plan(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from ..model import check_settings, load_model, read_config
     from ..tokenizer import Tokenizer
+    from .chat import read_chat_files
+    from .conversations import Message
     from .device import resolve_device, resolve_precision
     from .errors import RecipeError
-    from .sft import Message, segments
     from .text_generation import check_stops, check_vocabulary, generate_text, generate_texts, prompt_ids
 
     settings = {
@@ -188,14 +217,17 @@ def _generate(options: argparse.Namespace) -> None:
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as the prompts are, whatever was typed
     check_stops(stops)
     prompts = _prompts(options.prompts)
-    if options.chat:
-        conversations = ([Message("user", prompt), Message("assistant", "")] for prompt in prompts)
-        prompts = [next(segments(conversation))[0] for conversation in conversations]
     config = read_config(options.checkpoint)
     if not (options.checkpoint / "tokenizer.model").exists():
         raise RecipeError(f"{options.checkpoint} has no tokenizer.model: put the one of its model beside the weights")
     tokenizer = Tokenizer(options.checkpoint / "tokenizer.model")
     check_vocabulary(tokenizer, config.vocab_size)
+    begun: list[str] | list[list[int]] = prompts
+    ends = []
+    if options.chat:
+        template = read_chat_files(options.checkpoint, options.template)[1]
+        begun = [template.prompt_ids([Message("user", prompt)]) for prompt in prompts]
+        ends = template.stop_ids
     device = resolve_device(options.device)
     dtype = None if options.precision == "auto" else resolve_precision(options.precision, device)
     model = load_model(options.checkpoint, device=device, dtype=dtype)
@@ -205,15 +237,15 @@ def _generate(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(errors="replace")
     # The answer of a chat is printed alone; a continuation behind its prompt, as the tokenizer spells it.
     shown = ["" if options.chat else tokenizer.decode(prompt_ids(tokenizer, prompt)) for prompt in prompts]
-    more = {"stop": stops, "answer": options.chat, "seed": options.seed, **settings}
+    more = {"stop": stops, "ends": ends, "answer": options.chat, "seed": options.seed, **settings}
     if len(prompts) == 1:
-        pieces = generate_text(model, tokenizer, prompts[0], **more)
+        pieces = generate_text(model, tokenizer, begun[0], **more)
         print(shown[0], end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
-    texts = generate_texts(model, tokenizer, prompts, **more)
+    texts = generate_texts(model, tokenizer, begun, **more)
     print("\n---\n".join(prompt + text for prompt, text in zip(shown, texts, strict=True)))
 
 
@@ -231,6 +263,39 @@ def _prompts(arguments: Sequence[str]) -> list[str]:
         raise RecipeError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
     text = text.removesuffix("\n").removesuffix("\r")
     return [text if argument == "-" else argument for argument in arguments]
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from ..model import check_settings
+    from .chat import Sampling
+    from .chat_commands import chat, load_chat_model
+
+    names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    settings = {name: getattr(options, name) for name in names}
+    check_settings(**settings)
+    model = load_chat_model(
+        options.checkpoint, template=options.template, device=options.device, precision=options.precision
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    chat(model, Sampling(seed=options.seed, **settings), system=options.system)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from .chat_commands import load_chat_model
+    from .errors import RunError
+
+    try:
+        from .serving import listen, serve
+    except ModuleNotFoundError as missing:
+        raise RunError(f'serving needs {missing.name}: pip install "redwhale[serve]"') from None
+
+    listening = listen(options.host, options.port)  # before the weights, which take long to read
+    model = load_chat_model(
+        options.checkpoint, template=options.template, device=options.device, precision=options.precision
+    )
+    model.name = options.name or model.name
+    serve(model, listening)
 
 
 def _new(options: argparse.Namespace) -> None:
@@ -268,6 +333,14 @@ def _report(options: argparse.Namespace) -> None:
         raise RunError(f'the report needs {missing.name}: pip install "redwhale[report]"') from None
 
     print(write_report(options.run_dir))
+
+
+def _grades(options: argparse.Namespace) -> None:
+    from .evaluation_tables import markdown_table
+    from .grading_sheet import grades_table, read_grades
+
+    table = grades_table(read_grades(options.sheet))
+    print(markdown_table(table.header, table.rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from ..filtering.errors import CorpusError
 from ..model.errors import CheckpointError, GenerationError
 from ..tokenizer.errors import TokenizerError
-from .kobest import EvaluationDataError
+from .multiple_choice import EvaluationDataError
 
 
 class RecipeError(ValueError):

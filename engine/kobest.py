@@ -1,10 +1,11 @@
-"""KoBEST v1 as lm-evaluation-harness 0.4.13 prompts and scores it: local TSV files in, accuracy and macro F1 out.
+"""KoBEST v1 as lm-evaluation-harness 0.4.13 prompts and scores it: local TSV or jsonl files in, questions out.
 
 Source: Kim et al., "KOBEST: Korean Balanced Evaluation of Significant Tasks" (arXiv 2204.04541); prompts and metrics
-from the harness's `kobest_*` tasks (multiple choice, zero-shot, log-likelihood of each choice).
+from the harness's `kobest_*` tasks (multiple choice, log-likelihood of each choice).
 
-Three things are not written in the TSV files. They were inferred from the prompts of the harness, the data card of
-`skt/kobest_v1` on the hub, and the files:
+A jsonl file has the columns of the data set `skt/kobest_v1` on the hub, the TSV files those of its authors. Three
+things are not written in the TSV files. They were inferred from the prompts of the harness, the data card, and the
+files:
 - WiC: the hub's `word` is the column Target and `context_1`/`context_2` are SENTENCE1/SENTENCE2 with the brackets
   around the word kept. The prompt appends a bare `가` to the word, even where Korean would say `이`.
 - The text fields keep their surrounding spaces (the harness strips COPA's question only).
@@ -12,68 +13,24 @@ Three things are not written in the TSV files. They were inferred from the promp
   inside, so it is unwrapped here. In the other files a quotation mark is only a quotation mark.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from __future__ import annotations
 
-import msgspec
-import numpy as np
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .multiple_choice import EvaluationDataError, MultipleChoiceItem, TaskResult, score_choices
 
 # The harness's `target_delimiter`, put between context and choice.
 _DELIMITER = " "
 _NO_YES = ("아니오", "예")
 _NEGATIVE_POSITIVE = ("부정", "긍정")
-_FALSE_TRUE = {"false": 0, "true": 1}
 _COPA_CONNECTORS = {"원인": " 왜냐하면", "결과": " 그래서"}
+_SUFFIXES = (".tsv", ".jsonl")
 
-
-class EvaluationDataError(ValueError):
-    """An evaluation file is missing, malformed or does not fit the scores given for it."""
-
-
-class MultipleChoiceItem(msgspec.Struct, frozen=True):
-    """One question: `context + choices[i]` is the text to encode, and only the tokens after `context` are scored."""
-
-    # Never ends in whitespace: what the prompt had there opens every choice, so that word boundaries are encoded as in
-    # running text.
-    context: str
-    # The exact continuations, delimiter included.
-    choices: tuple[str, ...]
-    # Index of the right choice.
-    gold: int
-
-
-class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Scores of one task, each a fraction in [0, 1]; standard errors are nan for a single item."""
-
-    task: str
-    n: int
-    acc: float
-    acc_stderr: float
-    macro_f1: float
-    # Accuracy when each log-likelihood is divided by its choice's characters; None where the harness has none.
-    acc_norm: float | None = None
-    acc_norm_stderr: float | None = None
-
-
-class _Row:
-    """The fields of one TSV line by column name, with the place of the line for error messages."""
-
-    def __init__(self, fields: dict[str, str], place: str) -> None:
-        self.fields = fields
-        self.place = place
-
-    def text(self, column: str) -> str:
-        value = self.fields[column]
-        if not value.strip():
-            raise EvaluationDataError(f"{self.place} has an empty {column} field; restore the text or delete the line")
-        return value
-
-    def label(self, column: str, labels: dict[str, int]) -> int:
-        value = self.fields[column].strip()
-        if value.lower() not in labels:
-            raise EvaluationDataError(f"{self.place} has {column} {value!r}; it must be one of {', '.join(labels)}")
-        return labels[value.lower()]
+Document = dict[str, Any]
+"""A question with the columns of the hub: texts, and the number `label`."""
 
 
 def _item(prompt: str, choices: Sequence[str], gold: int) -> MultipleChoiceItem:
@@ -83,125 +40,109 @@ def _item(prompt: str, choices: Sequence[str], gold: int) -> MultipleChoiceItem:
     return MultipleChoiceItem(context=context, choices=tuple(lead + choice for choice in choices), gold=gold)
 
 
-def _boolq(row: _Row) -> MultipleChoiceItem:
-    prompt = f"{row.text('Text')} 질문: {row.text('Question')} 답변: "
-    return _item(prompt, _NO_YES, row.label("Answer", _FALSE_TRUE))
+def _boolq(row: Document) -> MultipleChoiceItem:
+    return _item(f"{row['paragraph']} 질문: {row['question']} 답변: ", _NO_YES, row["label"])
 
 
-def _copa(row: _Row) -> MultipleChoiceItem:
-    question = row.text("question").strip()
-    if question not in _COPA_CONNECTORS:
-        known = " or ".join(_COPA_CONNECTORS)
-        raise EvaluationDataError(f"{row.place} asks the question {question!r}; it must be {known}")
+def _copa(row: Document) -> MultipleChoiceItem:
     # The connector opens with a space of its own: the harness's prompt has two.
-    prompt = f"{row.text('sentence')} {_COPA_CONNECTORS[question]}"
-    return _item(prompt, (row.text("1"), row.text("2")), row.label("Answer", {"1": 0, "2": 1}))
+    prompt = f"{row['premise']} {_COPA_CONNECTORS[row['question'].strip()]}"
+    return _item(prompt, (row["alternative_1"], row["alternative_2"]), row["label"])
 
 
-def _hellaswag(row: _Row) -> MultipleChoiceItem:
-    endings = [_unquote(row.text(f"choice{i}")) for i in range(1, 5)]
-    prompt = f"문장: {_unquote(row.text('context'))}"
-    return _item(prompt, endings, row.label("label", {str(i): i for i in range(4)}))
+def _hellaswag(row: Document) -> MultipleChoiceItem:
+    return _item(f"문장: {row['context']}", [row[f"ending_{i}"] for i in range(1, 5)], row["label"])
 
 
-def _sentineg(row: _Row) -> MultipleChoiceItem:
-    return _item(f"문장: {row.text('Text')} 긍부정:", _NEGATIVE_POSITIVE, row.label("Label", {"0": 0, "1": 1}))
+def _sentineg(row: Document) -> MultipleChoiceItem:
+    return _item(f"문장: {row['sentence']} 긍부정:", _NEGATIVE_POSITIVE, row["label"])
 
 
-def _wic(row: _Row) -> MultipleChoiceItem:
-    prompt = (
-        f"문장1: {row.text('SENTENCE1')} 문장2: {row.text('SENTENCE2')} "
-        f"두 문장에서 {row.text('Target')}가 같은 뜻으로 쓰였나?"
-    )
-    return _item(prompt, _NO_YES, row.label("ANSWER", _FALSE_TRUE))
+def _wic(row: Document) -> MultipleChoiceItem:
+    prompt = f"문장1: {row['context_1']} 문장2: {row['context_2']} 두 문장에서 {row['word']}가 같은 뜻으로 쓰였나?"
+    return _item(prompt, _NO_YES, row["label"])
 
 
-def _unquote(field: str) -> str:
-    if len(field) < 2 or not (field.startswith('"') and field.endswith('"')):
-        return field
-    inner = field[1:-1].replace('""', "\0")
-    # A lone quotation mark inside means that the text itself begins and ends with one.
-    return field if '"' in inner else inner.replace("\0", '"')
+class _Task(NamedTuple):
+    """What the files of a task hold, and how a question is put."""
+
+    columns: Mapping[str, str]
+    """The hub's text columns, and what the TSV files call them."""
+    label: str
+    """What the TSV files call the label."""
+    labels: tuple[str, ...]
+    """What they write, in lower case, for label 0, 1, ..."""
+    item: Callable[[Document], MultipleChoiceItem]
+    allowed: Mapping[str, Sequence[str]] = {}
+    """The only values of a text column."""
+    unquote: bool = False
+    """Whether a CSV writer wrote the TSV files."""
+    length_normalised: bool = False
+    """Whether the harness also reports acc_norm."""
 
 
-_TASKS: dict[str, tuple[tuple[str, ...], Callable[[_Row], MultipleChoiceItem]]] = {
-    "boolq": (("Text", "Question", "Answer"), _boolq),
-    "copa": (("sentence", "question", "1", "2", "Answer"), _copa),
-    "hellaswag": (("context", "choice1", "choice2", "choice3", "choice4", "label"), _hellaswag),
-    "sentineg": (("Text", "Label"), _sentineg),
-    "wic": (("Target", "SENTENCE1", "SENTENCE2", "ANSWER"), _wic),
+_TASKS = {
+    "boolq": _Task({"paragraph": "Text", "question": "Question"}, "Answer", ("false", "true"), _boolq),
+    "copa": _Task(
+        {"premise": "sentence", "question": "question", "alternative_1": "1", "alternative_2": "2"},
+        "Answer",
+        ("1", "2"),
+        _copa,
+        allowed={"question": tuple(_COPA_CONNECTORS)},
+    ),
+    "hellaswag": _Task(
+        {"context": "context", **{f"ending_{i}": f"choice{i}" for i in range(1, 5)}},
+        "label",
+        ("0", "1", "2", "3"),
+        _hellaswag,
+        unquote=True,
+        length_normalised=True,
+    ),
+    "sentineg": _Task({"sentence": "Text"}, "Label", ("0", "1"), _sentineg),
+    "wic": _Task(
+        {"word": "Target", "context_1": "SENTENCE1", "context_2": "SENTENCE2"}, "ANSWER", ("false", "true"), _wic
+    ),
 }
-KOBEST_TASKS = tuple(_TASKS)
-# The tasks whose harness configuration also reports acc_norm.
-_LENGTH_NORMALISED = frozenset({"hellaswag"})
+KOBEST_TASKS = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 
 
 def read_task(folder: Path, task: str, split: str = "test") -> list[MultipleChoiceItem]:
-    """Read `folder/TASK/SPLIT.tsv` (TASK in any letter case, e.g. BoolQ) as prompts, choices and gold indices.
+    """Read `folder/TASK/SPLIT.tsv` or `.jsonl` as prompts, choices and gold indices; errors as of `read_documents`."""
+    return [_TASKS[_known_task(task)].item(document) for document in read_documents(folder, task, split)]
 
-    Files are UTF-8 with or without a byte order mark, LF or CRLF, tab-separated without quoting.
+
+def read_documents(folder: Path, task: str, split: str = "test") -> list[Document]:
+    """Read `folder/TASK/SPLIT.tsv` or `.jsonl` (TASK in any letter case, e.g. BoolQ) with the columns of the hub.
+
+    TSV files are UTF-8 with or without a byte order mark, LF or CRLF, tab-separated without quoting; jsonl files hold
+    an object a line. Other columns are ignored.
 
     Raises EvaluationDataError if the task is unknown, the file is missing, or a line lacks a field or a known label.
     """
-    columns, build = _TASKS[_known_task(task)]
-    path = _find_file(Path(folder), task, split)
-    return [build(row) for row in _read_rows(path, columns)]
+    known = _TASKS[_known_task(task)]
+    path = find_task_file(folder, task, split)
+    read = _read_tsv if path.suffix == ".tsv" else _read_jsonl
+    return list(read(path, known))
 
 
-def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence[float]], *, task: str) -> TaskResult:
-    """Score summed log-likelihoods (nats), one list per item and one value per choice, as the harness does.
-
-    The answer is the choice of highest log-likelihood, the first one on a tie. acc_norm divides by the characters (not
-    bytes) of a choice without its delimiter. Standard errors are those of a mean: sample deviation / sqrt(n).
-
-    Raises EvaluationDataError if the task is unknown, there are no items, or values are nan or do not fit the items.
-    """
-    task = _known_task(task)
-    if not items:
-        raise EvaluationDataError(f"there are no {task} items to score; check that its file has lines below the header")
-    if len(items) != len(loglikelihoods):
-        raise EvaluationDataError(f"{task} has {len(items)} items but {len(loglikelihoods)} lists of log-likelihoods")
-    predictions, normalised = [], []
-    for number, (item, values) in enumerate(zip(items, loglikelihoods, strict=True), start=1):
-        if len(values) != len(item.choices):
-            raise EvaluationDataError(
-                f"{task} item {number} has {len(item.choices)} choices but {len(values)} log-likelihoods"
-            )
-        if any(math.isnan(value) for value in values):
-            raise EvaluationDataError(f"{task} item {number} has a log-likelihood of nan; check the model's weights")
-        lengths = [len(choice.lstrip()) for choice in item.choices]
-        predictions.append(int(np.argmax(values)))
-        normalised.append(int(np.argmax(np.asarray(values, dtype=np.float64) / lengths)))
-    gold = np.array([item.gold for item in items])
-    acc, acc_stderr = _mean_and_stderr(gold == np.array(predictions))
-    acc_norm = acc_norm_stderr = None
-    if task in _LENGTH_NORMALISED:
-        acc_norm, acc_norm_stderr = _mean_and_stderr(gold == np.array(normalised))
-    return TaskResult(
-        task=task,
-        n=len(items),
-        acc=acc,
-        acc_stderr=acc_stderr,
-        macro_f1=macro_f1(gold.tolist(), predictions),
-        acc_norm=acc_norm,
-        acc_norm_stderr=acc_norm_stderr,
+def find_task_file(folder: Path, task: str, split: str) -> Path:
+    """The file of a split of a task, TSV before jsonl; raises EvaluationDataError where there is none."""
+    folder = Path(folder)
+    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    for child in children:
+        if child.name.lower() == task.lower():
+            for suffix in _SUFFIXES:
+                if (path := child / f"{split}{suffix}").is_file():
+                    return path
+    raise EvaluationDataError(
+        f"{folder} has no {task}/{split}.tsv, and no .jsonl; point the folder at KoBEST's files or leave the task out"
     )
 
 
-def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the labels in either list, as scikit-learn's `average="macro"`."""
-    gold_array, predicted_array = np.asarray(gold), np.asarray(predicted)
-    scores = []
-    for label in np.union1d(gold_array, predicted_array):
-        in_gold, in_predicted = gold_array == label, predicted_array == label
-        scores.append(2 * np.sum(in_gold & in_predicted) / (np.sum(in_gold) + np.sum(in_predicted)))
-    return float(np.mean(scores))
-
-
-def _mean_and_stderr(correct: np.ndarray) -> tuple[float, float]:
-    values = correct.astype(np.float64)
-    stderr = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
-    return float(values.mean()), stderr
+def score(items: Sequence[MultipleChoiceItem], loglikelihoods: Sequence[Sequence[float]], *, task: str) -> TaskResult:
+    """Score summed log-likelihoods (nats) as the harness does for a task of KoBEST; see `score_choices`."""
+    task = _known_task(task)
+    return score_choices(items, loglikelihoods, name=task, length_normalised=_TASKS[task].length_normalised)
 
 
 def _known_task(task: str) -> str:
@@ -210,32 +151,71 @@ def _known_task(task: str) -> str:
     return task.lower()
 
 
-def _find_file(folder: Path, task: str, split: str) -> Path:
-    children = sorted(folder.iterdir()) if folder.is_dir() else []
-    for child in children:
-        if child.name.lower() == task.lower() and (child / f"{split}.tsv").is_file():
-            return child / f"{split}.tsv"
-    raise EvaluationDataError(
-        f"{folder} has no {task}/{split}.tsv; point the folder at KoBEST's TSV files or leave the task out"
-    )
-
-
-def _read_rows(path: Path, columns: Sequence[str]) -> list[_Row]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationDataError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+def _read_tsv(path: Path, task: _Task) -> Iterator[Document]:
     # Only line feeds end a line: str.splitlines would also break at U+2028 and friends inside a field.
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    lines = [line.removesuffix("\r").split("\t") for line in _read_text(path).split("\n")]
     header = [name.strip() for name in lines[0]]
-    missing = [column for column in columns if column not in header]
+    missing = [column for column in (*task.columns.values(), task.label) if column not in header]
     if missing:
         raise EvaluationDataError(f"{path} line 1 lacks the column {', '.join(missing)}; it has {', '.join(header)}")
-    rows = []
     for number, fields in enumerate(lines[1:], start=2):
         if fields == [""]:
             continue
+        place = f"{path} line {number}"
         if len(fields) != len(header):
-            raise EvaluationDataError(f"{path} line {number} has {len(fields)} fields; the header has {len(header)}")
-        rows.append(_Row(dict(zip(header, fields, strict=True)), f"{path} line {number}"))
-    return rows
+            raise EvaluationDataError(f"{place} has {len(fields)} fields; the header has {len(header)}")
+        row = dict(zip(header, fields, strict=True))
+        document: Document = {}
+        for name, column in task.columns.items():
+            document[name] = _unquote(row[column]) if task.unquote else row[column]
+            _check_text(document[name], column, place, task.allowed.get(name))
+        label = row[task.label].strip()
+        if label.lower() not in task.labels:
+            raise _unknown(place, task.label, label, task.labels)
+        yield {**document, "label": task.labels.index(label.lower())}
+
+
+def _read_jsonl(path: Path, task: _Task) -> Iterator[Document]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise EvaluationDataError(f"{place} is no JSON object; write one a line")
+        if missing := [name for name in (*task.columns, "label") if name not in row]:
+            raise EvaluationDataError(f"{place} lacks the key {', '.join(missing)}; it has {', '.join(row)}")
+        for name in task.columns:
+            _check_text(row[name], name, place, task.allowed.get(name))
+        if isinstance(row["label"], bool) or row["label"] not in range(len(task.labels)):
+            raise _unknown(place, "label", row["label"], list(map(str, range(len(task.labels)))))
+        yield {name: row[name] for name in (*task.columns, "label")}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationDataError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+
+
+def _check_text(value: Any, column: str, place: str, allowed: Sequence[str] | None) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise EvaluationDataError(f"{place} has an empty {column} field; restore the text or delete the line")
+    if allowed is not None and value.strip() not in allowed:
+        raise _unknown(place, column, value, allowed)
+
+
+def _unknown(place: str, column: str, value: Any, known: Sequence[str]) -> EvaluationDataError:
+    return EvaluationDataError(f"{place} has {column} {value!r}; it must be one of {', '.join(known)}")
+
+
+def _unquote(field: str) -> str:
+    if len(field) < 2 or not (field.startswith('"') and field.endswith('"')):
+        return field
+    inner = field[1:-1].replace('""', "\0")
+    # A lone quotation mark inside means that the text itself begins and ends with one.
+    return field if '"' in inner else inner.replace("\0", '"')

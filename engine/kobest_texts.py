@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .kobest import _find_file, _read_rows, _unquote
+from .kobest import read_documents
 
 _FIELDS = {
-    "boolq": ("Text", "Question"),
-    "copa": ("sentence", "1", "2"),
-    "hellaswag": ("context", "choice1", "choice2", "choice3", "choice4"),
-    "sentineg": ("Text",),
+    "boolq": ("paragraph", "question"),
+    "copa": ("premise", "alternative_1", "alternative_2"),
+    "hellaswag": ("context", "ending_1", "ending_2", "ending_3", "ending_4"),
+    "sentineg": ("sentence",),
 }
 
 
@@ -19,9 +19,7 @@ def kobest_texts(folder: Path, split: str = "test") -> dict[str, list[str]]:
 
     Raises EvaluationDataError if a file is missing or lacks a field.
     """
-    texts: dict[str, list[str]] = {}
-    for task, fields in _FIELDS.items():
-        rows = _read_rows(_find_file(Path(folder), task, split), fields)
-        clean = _unquote if task == "hellaswag" else str
-        texts[f"kobest/{task}"] = [clean(row.text(field)) for row in rows for field in fields]
-    return texts
+    return {
+        f"kobest/{task}": [document[field] for document in read_documents(folder, task, split) for field in fields]
+        for task, fields in _FIELDS.items()
+    }

@@ -17,11 +17,13 @@ from ..filtering import FilterConfig
 from ..model.embedding_init import InitMethod
 from ..tokenizer import TokenizerConfig
 from .errors import RecipeError
+from .eval_config import EvalConfig
 from .loop_config import LoopConfig
-from .optimizer_config import AboveZero
+from .optimizer_config import AboveZero, NotNegative, OptimizerName
 from .plans import plan_stages
+from .schedules import Schedule
 from .selectors import check_selectors
-from .stages import LoRAConfig, Positive, Precision, Stage
+from .stages import Fraction, LoRAConfig, Positive, Precision, Stage
 
 CORPUS = "corpus"
 """Name of the filtered corpus in a mix."""
@@ -151,12 +153,18 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Supervised fine-tuning on instruction data; the defaults are RedWhale's."""
 
     data: tuple[str, ...]
-    """jsonl files whose rows hold `messages`, a list of {role, content}."""
+    """jsonl, JSON or parquet files with rows in the shape of messages, ShareGPT or Alpaca."""
     heldout: tuple[str, ...] = ()
     """The same kind of files, for the loss before and after."""
+    template: str = "redwhale"
+    """"redwhale" (also EEVE's), "chatml", "llama-2", or a file with a chat template in Jinja."""
     train: tuple[str, ...] = ("lora",)
     lora: SFTLoRAConfig = SFTLoRAConfig()
     lr: AboveZero = 2e-4
+    optimizer: OptimizerName = "adamw"
+    schedule: Schedule = "cosine"
+    warmup: Fraction = 0.05
+    weight_decay: NotNegative = 0.0
     epochs: Positive = 1
     """Times the data is seen, in even batches: less than one sequence a step is seen once more."""
     sequence_length: Positive = 1024
@@ -168,21 +176,6 @@ class SFTConfig(LoopConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         check_selectors(self.train)
 
 
-class EvalConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the checkpoints of the run are measured on."""
-
-    checkpoints: tuple[Literal["base", "init", "train", "sft"], ...] = ("base", "init", "train", "sft")
-    """Which checkpoints; those of steps that the recipe does not have are left out."""
-    documents: Positive = 500
-    """Most documents of each held-out set."""
-    window: Positive = 512
-    """Most tokens of context."""
-    batch_size: Positive = 8
-    kobest: str | None = None
-    """Folder with TASK/SPLIT.tsv files in KoBEST's format."""
-    kobest_split: str = "test"
-
-
 class ExportConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The folder that is handed over."""
 
@@ -190,6 +183,14 @@ class ExportConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Dtype of the weights; "stored" keeps that of training."""
     verify: bool = True
     """Compare logits with transformers after writing, where it is installed."""
+    adapter: bool = False
+    """Also hand over the last step's adapters alone, for peft."""
+    gguf: str | None = None
+    """llama.cpp's `convert_hf_to_gguf.py`; it writes `model.gguf` beside the folder."""
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "auto"] = "auto"
+    """Type of the GGUF's weights, in the converter's words."""
+    license: str | None = None
+    """Of the exported model, as Hugging Face spells it (`apache-2.0`); the card says so."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .errors import RunError
+from .evaluation_tables import evaluation_tables
 from .run_folder import MANIFEST, STAGES, read_manifest
 
 _STYLE = """
@@ -205,30 +206,12 @@ def _training(run_dir: Path, manifests: Sequence[dict[str, Any]]) -> str:
 
 
 def _evaluation(summary: dict[str, Any]) -> str:
-    checkpoints = summary["checkpoints"]
-    text_rows = [
-        (name, domain, _number(r["bits_per_byte"], 3), f"{r['accuracy']:.3f}", f"{r['tokens']:,}")
-        for name, measured in checkpoints.items()
-        for domain, r in measured["text"].items()
-    ]
-    task_rows = [
-        (
-            name,
-            task,
-            str(r["n"]),
-            f"{r['acc']:.3f} ± {r['acc_stderr']:.3f}",
-            f"{r['macro_f1']:.3f}",
-            _number(r["acc_norm"], 3),
-        )
-        for name, measured in checkpoints.items()
-        for task, r in measured["kobest"].items()
-    ]
-    tasks = _table(("checkpoint", "task", "items", "accuracy", "macro F1", "acc_norm"), task_rows, numeric=(2, 3, 4, 5))
-    return (
-        "<h2>Evaluation</h2>"
-        + _table(("checkpoint", "text", "bits per byte", "next-token accuracy", "tokens"), text_rows, numeric=(2, 3, 4))
-        + (tasks if task_rows else "")
-    )
+    parts = ["<h2>Evaluation</h2>"]
+    for table in evaluation_tables(summary):
+        numeric = range(table.text_columns, len(table.header))
+        parts += [f"<h3>{escape(table.title)}</h3>", _table(table.header, table.rows, numeric=numeric)]
+        parts += [f"<p class=muted>{escape(table.note)}</p>"] if table.note else []
+    return "".join(parts)
 
 
 def _number(value: float | None, digits: int) -> str:

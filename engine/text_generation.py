@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..model import Llama, generate, generate_batch
 from ..model.errors import GenerationError
@@ -103,9 +103,10 @@ class TextStream:
 def generate_text(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     stop: Sequence[str] = (),
+    ends: Collection[int] = (),
     answer: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -120,8 +121,10 @@ def generate_text(
     Args:
         model: any model of this package.
         tokenizer: the one the model was trained with.
-        prompt: NFC-normalised, with the beginning-of-text token put before it where the tokenizer has one.
+        prompt: NFC-normalised, with the beginning-of-text token put before it where the tokenizer has one; or token
+            ids, such as those of a chat template, taken as they are.
         stop: see `StopFilter`; only the new text is searched.
+        ends: ids of more tokens that end the text, as the end-of-text token does.
         answer: the new text stands for itself, as behind a chat template, and does not start with the space
             between two words; otherwise prompt and pieces concatenate to one text.
         max_new_tokens, temperature, top_p, repetition_penalty, seed: see `generate`.
@@ -141,7 +144,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        stop_ids=_stop_ids(tokenizer, model.config.vocab_size),
+        stop_ids={*stop_ids(tokenizer, model.config.vocab_size), *ends},
         seed=seed,
     )
     return stream.pieces(tokens)
@@ -150,9 +153,10 @@ def generate_text(
 def generate_texts(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     stop: Sequence[str] = (),
+    ends: Collection[int] = (),
     answer: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -177,7 +181,7 @@ def generate_texts(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        stop_ids=_stop_ids(tokenizer, model.config.vocab_size),
+        stop_ids={*stop_ids(tokenizer, model.config.vocab_size), *ends},
         seed=seed,
         on_token=add,
     )
@@ -202,11 +206,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _stop_ids(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+def stop_ids(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     """Tokens that end a text: end-of-text, and those beyond the tokenizer, which stand for no text."""
     return {tokenizer.eos_id, *range(tokenizer.vocab_size, vocab_size)}
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt, behind the beginning-of-text token where the tokenizer has one."""
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Ids of a prompt, behind the beginning-of-text token where the tokenizer has one; what are ids stays so."""
+    if not isinstance(prompt, str):
+        return list(prompt)
     return [tokenizer.bos_id] * (tokenizer.bos_id >= 0) + tokenizer.encode(prompt)

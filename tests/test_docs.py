@@ -130,6 +130,7 @@ SECTIONS = {
     "lora": "LoRAConfig",
     "[sft]": "SFTConfig",
     "[eval]": "EvalConfig",
+    "[eval.qa.NAME]": "QAConfig",
     "[export]": "ExportConfig",
 }
 """Headings of docs/recipes.md, and the struct that each one's table describes."""
@@ -217,14 +218,16 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_names_of_the_package_exist(document):
-    for name in set(re.findall(r"\bredwhale(?:\.[A-Za-z_]\w*)+", document.read_text(encoding="utf-8"))):
+    for name in set(re.findall(r"(?<![-\w])redwhale(?:\.[A-Za-z_]\w*)+", document.read_text(encoding="utf-8"))):
         parts = name.split(".")
         module, rest = importlib.import_module(".".join(parts[:2])), parts[2:]
         for depth, part in enumerate(rest, 3):
             module = getattr(module, part, None) or importlib.import_module(".".join(parts[:depth]))
 
 
-@pytest.mark.parametrize("document", [README, DOCS / "recipes.md"], ids=relative)
+@pytest.mark.parametrize(
+    "document", [README, DOCS / "recipes.md", DOCS / "hand-over.md", DOCS / "evaluation.md"], ids=relative
+)
 def test_command_lines_are_understood(document):
     lines = [line for _, block in blocks(document, "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if re.match(r"(\.venv/bin/)?redwhale ", line)]

@@ -160,8 +160,12 @@ class Context:
         """Hash of the base model and its tokenizer, wherever they come from."""
         if self.recipe.base.checkpoint is None:
             return {"base": self.outputs_digest("base")}
-        files = sorted([*self.base_model.glob("*.safetensors"), *self.base_model.glob("*.json")])
-        return self.file_hashes([*files, self.base_tokenizer])
+        return self.checkpoint_hashes(self.base_model, self.base_tokenizer)
+
+    def checkpoint_hashes(self, folder: Path, tokenizer: Path) -> dict[str, str]:
+        """Hashes of a checkpoint from outside the run."""
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        return self.file_hashes([*files, tokenizer])
 
     def tokenizer_hashes(self) -> dict[str, str]:
         if self.recipe.tokenizer is not None:

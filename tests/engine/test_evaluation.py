@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import KOBEST, korean_texts
 
+from redwhale.engine.choice_scoring import log_likelihoods
 from redwhale.engine.evaluation import evaluate_text
 from redwhale.engine.kobest import KOBEST_TASKS, read_task
-from redwhale.engine.multiple_choice import log_likelihoods
 from redwhale.model import load_model
 from redwhale.tokenizer import Tokenizer
 

@@ -1,5 +1,6 @@
 """KoBEST files become the harness's prompts, and log-likelihoods become its scores."""
 
+import json
 import math
 import random
 import statistics
@@ -11,10 +12,10 @@ from redwhale.engine.kobest import (
     KOBEST_TASKS,
     EvaluationDataError,
     MultipleChoiceItem,
-    macro_f1,
     read_task,
     score,
 )
+from redwhale.engine.statistics import macro_f1
 
 FULL_KOBEST = Path(__file__).parents[2].parent / "shared/data/kobest_v1"
 QUICKSTART_KOBEST = Path(__file__).parents[2] / "recipes/quickstart/kobest"
@@ -112,7 +113,7 @@ def test_unicode_line_separators_and_quotes_stay_inside_a_field(tmp_path: Path) 
         ("boolq", BOOLQ.replace("TRUE", "yes"), r"test\.tsv line 2 has Answer 'yes'; it must be one of false, true"),
         ("boolq", BOOLQ.replace("False", "0"), r"line 3 has Answer '0'"),
         ("copa", COPA.replace("\t2\r\n", "\t3\r\n"), r"line 3 has Answer '3'; it must be one of 1, 2"),
-        ("copa", COPA.replace("결과", "이유"), r"line 2 asks the question '이유'; it must be 원인 or 결과"),
+        ("copa", COPA.replace("결과", "이유"), r"line 2 has question '이유'; it must be one of 원인, 결과"),
         ("hellaswag", HELLASWAG.replace("\t1\n", "\t4\n"), r"line 2 has label '4'"),
         ("hellaswag", HELLASWAG.replace("choice4", "ending4"), r"line 1 lacks the column choice4; it has context, "),
         ("sentineg", SENTINEG_TEST.replace("\t1\t", "\t\t"), r"line 2 has Label ''; it must be one of 0, 1"),
@@ -125,6 +126,29 @@ def test_unicode_line_separators_and_quotes_stay_inside_a_field(tmp_path: Path) 
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
     with pytest.raises(EvaluationDataError, match=message):
         read_task(write(tmp_path, name, text), name)
+
+
+GOOD = {"paragraph": "글.", "question": "물음?", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("[1]", r"test\.jsonl line 2 is no JSON object"),
+        ("{", "line 2 is no JSON object"),
+        (json.dumps({"paragraph": "글.", "label": 1}), "line 2 lacks the key question; it has paragraph, label"),
+        (json.dumps({**GOOD, "question": " "}), "line 2 has an empty question field"),
+        (json.dumps({**GOOD, "paragraph": None}), "line 2 has an empty paragraph field"),
+        (json.dumps({**GOOD, "label": 2}), "line 2 has label 2; it must be one of 0, 1"),
+        (json.dumps({**GOOD, "label": True}), "line 2 has label True"),
+        (json.dumps({**GOOD, "label": "1"}), "line 2 has label '1'"),
+    ],
+)
+def test_malformed_jsonl_is_named_with_its_line(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.jsonl").write_text(f"{json.dumps(GOOD)}\n{row}\n", encoding="utf-8")
+    with pytest.raises(EvaluationDataError, match=message):
+        read_task(tmp_path, "boolq")
 
 
 def test_missing_file_and_unknown_task_are_named(tmp_path: Path) -> None:

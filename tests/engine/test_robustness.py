@@ -26,10 +26,10 @@ from redwhale.engine import (
     write_shard,
 )
 from redwhale.engine.cli import main
+from redwhale.engine.conversations import read_conversations
 from redwhale.engine.errors import RecipeError, RunError, TrainingError
 from redwhale.engine.recipe import apply_override
 from redwhale.engine.run_folder import RunFolder, StepResult
-from redwhale.engine.sft import read_conversations
 
 
 class Crash(BaseException):
@@ -324,7 +324,7 @@ def test_unicode_line_separators_do_not_cut_a_row_of_instruction_data(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{row}\r\n{row}\n".encode())
     conversations, problems = read_conversations([tmp_path / "rows.jsonl"])
     assert problems == []
-    assert [[message.content for message in conversation] for conversation in conversations] == [contents] * 2
+    assert [[message.content for message in conversation.messages] for conversation in conversations] == [contents] * 2
 
 
 def test_usable_held_out_rows_do_not_hide_that_the_training_rows_are_not(tiny_root, tmp_path, capfd):

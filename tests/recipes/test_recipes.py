@@ -9,18 +9,20 @@ from redwhale.engine import load_recipe, run_recipe, select_parameters
 from redwhale.engine.errors import USER_ERRORS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+SFT = Path(__file__).parents[2] / "recipes" / "sft-redwhale.toml"
 SOLAR = Path(__file__).parents[2] / "recipes" / "solar-10.7b.toml"
 
 
 def test_there_are_recipes():
-    assert {path.name for path in RECIPES} >= {"quickstart.toml", "solar-10.7b.toml"}
+    assert {path.name for path in RECIPES} >= {"quickstart.toml", "sft-redwhale.toml", "solar-10.7b.toml"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_under_its_own_name(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem  # or two recipes could share a run folder
-    assert [recipe.filter, recipe.tokenizer, recipe.init, recipe.pack, recipe.train].count(None) == 0
+    adaptation = [recipe.filter, recipe.tokenizer, recipe.init, recipe.pack, recipe.train]
+    assert adaptation.count(None) == (len(adaptation) if path == SFT else 0)
 
 
 def test_solar_spends_the_papers_tokens_on_twenty_thousand_pieces():
@@ -30,7 +32,12 @@ def test_solar_spends_the_papers_tokens_on_twenty_thousand_pieces():
     assert recipe.train.sequence_length == 4096
     lora = recipe.train.stages[-1]
     assert (lora.train, lora.lora.r) == (("lora",), 128)
-    sft = recipe.sft
+
+
+@pytest.mark.parametrize("path", [SFT, SOLAR], ids=lambda path: path.stem)
+def test_fine_tuning_has_the_papers_settings(path):
+    sft = load_recipe(path).sft
+    assert (sft.train, sft.epochs, sft.template) == (("lora",), 1, "redwhale")
     assert (sft.lora.r, sft.lora.alpha, sft.lr, sft.batch_size, sft.sequence_length) == (64, 16.0, 2e-4, 128, 1024)
 
 
