@@ -9,7 +9,7 @@ from .merge import merge_pieces, merge_reachable, unreachable_pieces
 from .proofs import CheckReport, check_tokenizer
 from .report import Comparison, DomainTokens, compare, token_ratio
 from .selection import choose_pieces, script_pieces
-from .spm import ModelProto, Tokenizer, decompose_pieces, load_model_proto
+from .spm import ModelProto, Tokenizer, decompose_pieces, load_model_proto, piece_surfaces
 from .stream import StreamDecoder
 from .train import train_korean_bpe, train_pieces
 from .words import count_words, mix_words, sample_documents
@@ -39,6 +39,7 @@ __all__ = [
     "merge_reachable",
     "mix_words",
     "open_encoder",
+    "piece_surfaces",
     "sample_documents",
     "script_pieces",
     "token_ratio",

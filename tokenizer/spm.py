@@ -130,7 +130,7 @@ def decompose_pieces(base: ModelProto, pieces: Iterable[str]) -> list[list[int]]
     """
     pieces = list(pieces)
     decompositions = bare_processor(base).encode(pieces)
-    surface = [_surface(piece) for piece in base.pieces]
+    surface = piece_surfaces(base)
     for piece, ids in zip(pieces, decompositions, strict=True):
         spelled = b"".join(surface[i] for i in ids)
         if spelled != piece.encode():
@@ -139,6 +139,11 @@ def decompose_pieces(base: ModelProto, pieces: Iterable[str]) -> list[list[int]]
                 "use a base with byte fallback and an identity normaliser"
             )
     return decompositions
+
+
+def piece_surfaces(proto: ModelProto) -> list[bytes]:
+    """Bytes that each piece stands for, ▁ kept as it is; none for control and unknown pieces."""
+    return [_surface(piece) for piece in proto.pieces]
 
 
 def _surface(piece: Any) -> bytes:
