@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model import Llama, NewRows, NewVocabulary, RowFinish, make_rows, read_config
 from ..model.checkpoint import EMBEDDING, LM_HEAD
-from ..model.init_fit import HiddenStatistics, add_unigram_prior, extend_in_memory, fit_input_rows, hidden_statistics
+from ..model.init_fit import add_unigram_prior, extend_in_memory, fit_input_rows, hidden_statistics
 from ..model.init_methods import InitMethod
 from ..model.row_collisions import coinciding
 

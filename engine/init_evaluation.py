@@ -9,9 +9,8 @@ import msgspec
 import torch
 
 from ..model import Llama
-from ..tokenizer import Tokenizer
 from .batches import IGNORE_INDEX, batched
-from .evaluation import text_windows
+from .evaluation import TextEncoder, text_windows
 
 _LOGIT_ROWS = 512
 """Positions whose logits are in memory at a time."""
@@ -44,7 +43,7 @@ class VocabularyResult(msgspec.Struct, frozen=True, kw_only=True):
 @torch.inference_mode()
 def evaluate_vocabulary(
     model: Llama,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     texts: Sequence[str],
     first_new_row: int,
     *,

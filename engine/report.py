@@ -170,16 +170,17 @@ def _init(summary: dict[str, Any]) -> str:
             _number(r["bits_per_byte"], 3),
             _number(r["loss"], 3),
             f"{r['accuracy']:.4f}",
-            f"{r['median_rank']:,.0f}",
-            f"{r['mean_reciprocal_rank']:.4f}",
-            f"{r['new_mass']:.2%}",
+            # Runs of earlier versions measured no ranks.
+            f"{r['median_rank']:,.0f}" if "median_rank" in r else "",
+            _number(r.get("mean_reciprocal_rank"), 4),
+            f"{r['new_mass']:.2%}" if "new_mass" in r else "",
         )
         for label, domains in everything.items()
         for domain, r in domains.items()
     ]
     details = [
-        (label, tensor, f"{r['byte_only']:,}", f"{r['collisions']:,}", f"{r['collisions_left']:,}")
-        for label, tensors in summary["rows"].items()
+        (label, tensor, f"{r['collisions']:,}", f"{r['collisions_left']:,}", _number(r["median_norm"], 4))
+        for label, tensors in summary.get("rows", {}).items()
         for tensor, r in tensors.items()
     ]
     domains = list(summary["base"])
@@ -192,10 +193,11 @@ def _init(summary: dict[str, Any]) -> str:
     axes.set_yticks([-index for index in range(len(everything))], list(everything))
     axes.set_xlabel("bits per byte")
     axes.legend(frameon=False, fontsize=8)
-    tied = " The head is the embedding." if summary["tied"] else ""
+    tied = " The head is the embedding." if summary.get("tied") else ""
+    bytes_alone = f", {summary['byte_only']:,} of them spelled in bytes alone" if "byte_only" in summary else ""
     return (
         "<h2>New vocabulary before any training</h2>"
-        f"<p>{summary['new_rows']:,} new rows; methods are embedding/head; "
+        f"<p>{summary['new_rows']:,} new rows{bytes_alone}; methods are embedding/head; "
         f"chosen: {escape(summary['chosen'])}.{tied}</p>"
         + _svg(figure)
         + _table(
@@ -207,7 +209,7 @@ def _init(summary: dict[str, Any]) -> str:
             numeric=(2, 3, 4, 5, 6, 7),
         )
         + _table(
-            ("method", "matrix", "byte-only pieces", "coinciding rows", "left after breaking"),
+            ("method", "matrix", "coinciding rows", "left when stored", "median norm"),
             details,
             numeric=(2, 3, 4),
         )

@@ -44,8 +44,7 @@ class NewVocabulary:
     decompositions: Sequence[Sequence[int]]
     """Base ids that spell each new piece, in id order."""
     surfaces: Sequence[bytes] | None = None
-    """Bytes that each base token stands for, ▁ or a space for a space; needed by "length-weighted" and to tell byte-only
-    pieces."""
+    """Bytes of text that each base token stands for; needed by "length-weighted" and to tell byte-only pieces."""
     similarity: Tensor | None = None
     """[V + N, D] vectors of base tokens and new pieces in one other space, zero where a token has none; needed by
     "focus" and "omp"."""
@@ -225,6 +224,6 @@ _WEIGHTS: dict[str, Callable[[NewVocabulary, Matrix], RowWeights]] = {
 
 def _kind(surface: bytes) -> Literal["bytes", "space", "text"]:
     try:
-        return "text" if surface.decode().strip(" ▁") else "space"
+        return "text" if surface.decode().strip() else "space"
     except UnicodeDecodeError:
         return "bytes"

@@ -26,8 +26,7 @@ def cooccurrence_vectors(
         seed: of the randomised SVD.
 
     Returns:
-        [vocab_size, D] fp32 rows of unit length, for lengths follow frequency; zero for tokens without neighbours in the
-        corpus.
+        [vocab_size, D] fp32 rows of unit length, since lengths follow frequency; zero for tokens without neighbours.
 
     Raises:
         CheckpointError: if no two tokens are neighbours.
@@ -161,28 +160,30 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor,
 
 def second_vocabulary_vectors(
     second_rows: Tensor,
-    second_pieces: Sequence[str],
-    pieces: Sequence[str],
+    second_surfaces: Sequence[bytes],
+    surfaces: Sequence[bytes],
     new_decompositions: Sequence[Sequence[int]],
 ) -> Tensor:
     """Vectors of the hybrid vocabulary from another model's embedding, for "omp" as in mergekit's token surgery.
 
     Args:
         second_rows: [W, D] embedding of the other model, any floating dtype.
-        second_pieces: its pieces, in id order.
-        pieces: those of the hybrid vocabulary, in id order.
-        new_decompositions: for each of the last pieces, the new ones, the other model's ids that spell it.
+        second_surfaces: bytes of text that its tokens stand for, in id order, none for special ones.
+        surfaces: the same of the hybrid vocabulary.
+        new_decompositions: for each of the last tokens, the new ones, the other model's ids that spell it.
 
     Returns:
-        [V + N, D] fp32: the row of the same piece; for a new piece that the other vocabulary lacks, the mean of the
-        rows that spell it; zero for other pieces.
+        [V + N, D] fp32: the row of the token of the same bytes; for a new one that the other vocabulary lacks, the mean
+        of the rows that spell it; zero for others.
     """
-    place = {piece: index for index, piece in enumerate(second_pieces)}
-    vectors = torch.zeros(len(pieces), second_rows.shape[1])
-    first_new_row = len(pieces) - len(new_decompositions)
-    for index, piece in enumerate(pieces):
-        if piece in place:
-            vectors[index] = second_rows[place[piece]].float()
-        elif index >= first_new_row:
-            vectors[index] = second_rows[list(new_decompositions[index - first_new_row])].float().mean(0)
+    # Of tokens that share their bytes, the last: <0x41>, which comes first, is a fallback that no text has beside "A".
+    second = {surface: index for index, surface in enumerate(second_surfaces) if surface}
+    own = {surface: index for index, surface in enumerate(surfaces) if surface}
+    vectors = torch.zeros(len(surfaces), second_rows.shape[1])
+    first_new_row = len(surfaces) - len(new_decompositions)
+    for number, ids in enumerate(new_decompositions):
+        vectors[first_new_row + number] = second_rows[list(ids)].float().mean(0)
+    for surface, index in own.items():
+        if surface in second:
+            vectors[index] = second_rows[second[surface]].float()
     return vectors

@@ -9,7 +9,7 @@ TOLERANCE = 1e-3
 """Distance, relative to a row's norm, up to which it coincides with another: sums of the same rows in another order
 differ in the last place, which is less in every dtype, and noise that is to tell rows apart should be more."""
 _DIRECTIONS = 64
-_BLOCK = 2048
+_BLOCK = 512
 
 
 def coinciding(rows: Tensor, base_rows: Tensor, tolerance: float = TOLERANCE) -> Tensor:
@@ -36,14 +36,19 @@ def coinciding(rows: Tensor, base_rows: Tensor, tolerance: float = TOLERANCE) ->
     base = torch.cat([block.float() @ directions for block in base_rows.split(_BLOCK)])
     fresh = torch.cat([block.float() @ directions for block in rows[left].split(_BLOCK)])
     reach = tolerance * torch.cat([block.float().norm(dim=1) for block in rows[left].split(_BLOCK)])
+    # |a − b|² ≤ reach² in one product: (2a, −1)·(b, |b|²) ≥ |a|² − reach², but for what fp32 loses in the difference.
+    lengths = fresh.square().sum(1)
+    least = lengths * (1 - 1e-6) - reach.square()
+    others = torch.cat((base, fresh))
+    others = torch.cat((others, others.square().sum(1, keepdim=True)), 1)
+    seekers = torch.cat((2 * fresh, -torch.ones(len(fresh), 1)), 1)
     for begin in range(0, len(left), _BLOCK):
         end = min(begin + _BLOCK, len(left))
-        part, others = fresh[begin:end], torch.cat((base, fresh[:end]))
-        lengths = part.square().sum(1, keepdim=True)
-        squares = lengths + others.square().sum(1) - 2 * part @ others.T
-        near = squares <= reach[begin:end, None] ** 2 + 1e-6 * lengths  # and what fp32 loses in the difference
+        near = seekers[begin:end] @ others[: len(base) + end].T >= least[begin:end, None]
         near[:, len(base) + begin :] = near[:, len(base) + begin :].tril(-1)  # earlier rows alone
-        one, other = near.nonzero(as_tuple=True)
+        seeking = near.any(1).nonzero()[:, 0]
+        one, other = near[seeking].nonzero(as_tuple=True)
+        one = seeking[one]
         for pairs in range(0, len(one), _BLOCK):
             number = left[begin + one[pairs : pairs + _BLOCK]]
             place = other[pairs : pairs + _BLOCK]

@@ -130,7 +130,7 @@ def decompose_pieces(base: ModelProto, pieces: Iterable[str]) -> list[list[int]]
     """
     pieces = list(pieces)
     decompositions = bare_processor(base).encode(pieces)
-    surface = piece_surfaces(base)
+    surface = [_surface(piece) for piece in base.pieces]
     for piece, ids in zip(pieces, decompositions, strict=True):
         spelled = b"".join(surface[i] for i in ids)
         if spelled != piece.encode():
@@ -142,8 +142,8 @@ def decompose_pieces(base: ModelProto, pieces: Iterable[str]) -> list[list[int]]
 
 
 def piece_surfaces(proto: ModelProto) -> list[bytes]:
-    """Bytes that each piece stands for, ▁ kept as it is; none for control and unknown pieces."""
-    return [_surface(piece) for piece in proto.pieces]
+    """Return the bytes of text that each piece stands for, none for control and unknown pieces."""
+    return [_surface(piece).replace(SPACE.encode(), b" ") for piece in proto.pieces]
 
 
 def _surface(piece: Any) -> bytes:

@@ -129,10 +129,13 @@ def test_token_vectors_factorise_positive_pointwise_mutual_information():
     assert torch.equal(vectors, cooccurrence_vectors(documents, 11, dimensions=9, window=2))
 
 
-def test_vectors_of_a_second_vocabulary_are_found_by_piece_and_else_by_what_spells_it():
+def test_vectors_of_a_second_vocabulary_are_found_by_bytes_and_else_by_what_spells_it():
     second = rows_of(4, 3)
-    found = second_vocabulary_vectors(second, ["a", "b", "가", "c"], ["b", "z", "가", "나"], [[2], [0, 3]])
-    expected = torch.stack([second[1], torch.zeros(3), second[2], (second[0] + second[3]) / 2])
+    # The base has b and its byte piece, and a special token; the new tokens are 가, which the second has, and 나.
+    own = [b"b", b"", b"z", b"b", "가".encode(), "나".encode()]
+    found = second_vocabulary_vectors(second, [b"a", b"b", "가".encode(), b""], own, [[2], [0, 3]])
+    zero = torch.zeros(3)
+    expected = torch.stack([zero, zero, zero, second[1], second[2], (second[0] + second[3]) / 2])
     torch.testing.assert_close(found, expected)
 
 
