@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from redwhale.engine.errors import RecipeError
 from redwhale.engine.evaluation import evaluate_text
 from redwhale.engine.init_choice import Choice
 from redwhale.engine.init_evaluation import evaluate_vocabulary
+from redwhale.engine.report import write_report
 from redwhale.model import load_model
 from redwhale.tokenizer import Tokenizer
 
@@ -109,6 +112,29 @@ def test_the_evaluation_counts_what_plain_logits_say(initialised):
     assert found.median_rank == sorted(ranks)[(len(ranks) - 1) // 2]
     assert found.new_mass == pytest.approx(sum(masses) / len(masses), rel=1e-4)
     assert found.new_tokens == new
+
+
+def test_the_report_shows_every_choice_of_this_and_of_earlier_versions(initialised, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(initialised.parent, run)
+    page = write_report(run).read_text()
+    manifest = json.loads((run / "init" / "manifest.json").read_text())
+    summary = manifest["summary"]
+    section = page[page.index("New vocabulary before any training") :]
+    for name, measured in summary["methods"].items():
+        cells = re.findall(rf"<tr><td>{re.escape(name)}</td><td>korean</td>(.*?)</tr>", section)
+        assert f"{measured['korean']['bits_per_byte']:.3f}" in cells[0]
+        assert f"{measured['korean']['mean_reciprocal_rank']:.4f}" in cells[0]
+        assert f">{name}<" in section[section.index("<svg") : section.index("</svg>")]
+    # What the init step of earlier versions left.
+    for key in ("byte_only", "tied", "rows"):
+        del summary[key]
+    for domains in [summary["base"], *summary["methods"].values()]:
+        for name, measured in domains.items():
+            domains[name] = {key: measured[key] for key in ("loss", "accuracy", "bits_per_byte", "tokens")}
+    (run / "init" / "manifest.json").write_text(json.dumps(manifest))
+    page = write_report(run).read_text()
+    assert f"{summary['methods']['omp/omp']['korean']['bits_per_byte']:.3f}" in page
 
 
 @pytest.mark.parametrize(
