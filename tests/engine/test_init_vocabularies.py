@@ -186,7 +186,7 @@ def test_pursuit_against_a_second_model_explains_its_vectors_by_shared_tokens(fi
         if (own := second.piece_to_id(line["piece"])) == second.unk_id():
             continue
         shared += 1
-        atoms = vectors[[second.piece_to_id(piece) for piece in line["base_pieces"]]]
+        atoms = vectors[[in_both[of_base[i]] for i in line["base_ids"]]]
         weights = torch.tensor(line["weights"], dtype=torch.float64)
         solved = torch.linalg.lstsq(atoms.T, vectors[own][:, None]).solution[:, 0]
         torch.testing.assert_close(weights, solved, rtol=0.01, atol=1e-3)
