@@ -2,9 +2,9 @@
 
 Extends --checkpoint with the new pieces of --tokenizer, a folder that `build_hybrid_tokenizer` wrote. Every choice is
 measured on Korean and English held-out text, then the embedding and head that it gave are trained for --steps steps and
-measured again, from each of --seeds, which set the random rows, the noise and the data order. A tied base is measured
+measured again, from each of --seeds, which set the random rows and the data order. A tied base is measured
 untied, with the embedding copied as head, since only then do the two matrices have methods of their own; --tied names
-the choices that are also measured on the base as it is, without training and from the first seed alone.
+the choices that are also measured, without training, on the base as it is.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from redwhale.engine.init_evaluation import evaluate_vocabulary
 from redwhale.engine.init_vocabulary import HybridVocabulary
 from redwhale.engine.steps.context import first_texts
 from redwhale.filtering import find_inputs
-from redwhale.model import Llama, NewVocabulary, RowFinish, load_model, save_model, write_extended
+from redwhale.model import Llama, NewVocabulary, load_model, save_model, write_extended
 from redwhale.model.init_similarity import cooccurrence_vectors
 from redwhale.tokenizer import Tokenizer
 
 CHOICES = (
     *("decomposition", "random", "exponential", "focus", "mean", "multivariate", "first", "decomposition/first"),
-    *("mean/mean+prior", "decomposition+prior", "omp", "position-weighted", "length-weighted", "distillation"),
+    *("mean/mean+prior", "omp", "position-weighted", "length-weighted", "decomposition+prior", "distillation"),
 )
 TIED = ("decomposition", "random", "exponential", "focus")
-FINISH = RowFinish(break_collisions=0.02)
 
 
 @dataclass(frozen=True)
@@ -62,29 +61,39 @@ class Setting:
             for language, texts in self.heldout.items()
         }
 
-    def run(self, checkpoint: Path, choice: Choice, seed: int, work: Path, *, train: bool) -> dict[str, Any]:
-        """One choice from one seed: before and, where it trains, after."""
-        base = load_model(checkpoint, dtype=torch.float32) if choice.needs_model else None
-        given = self.given
-        made = choose_rows(
-            checkpoint, self.vocabulary, choice, model=base, texts=self.texts, finish=FINISH, seed=seed,
-            fit_steps=given.fit_steps,
-        )  # fmt: skip
-        write_extended(checkpoint, work / "extended", {name: new.rows for name, new in made.items()})
-        model = load_model(work / "extended", dtype=torch.float32)
-        found: dict[str, Any] = {"seed": seed, "before": self.measured(model, self.tokenizer)}
-        found["collisions"] = {name: new.collisions for name, new in made.items()}
-        if train:
-            tokens = given.steps * given.batch_size * given.sequence_length
-            stage = Stage(name="embed-head", train=("embed", "head"), tokens=tokens, lr=given.lr)
-            loop = LoopConfig(batch_size=given.batch_size, micro_batch_size=given.batch_size)
-            with tempfile.TemporaryDirectory() as folder:
-                Trainer(
-                    model, stage, self.data, sequence_length=given.sequence_length, folder=Path(folder), seed=seed,
-                    loop=loop,
-                ).run()  # fmt: skip
-            found["after"] = self.measured(model.eval(), self.tokenizer)
+    def runs(self, checkpoint: Path, choice: Choice, work: Path, *, train: bool) -> list[dict[str, Any]]:
+        """One choice from every seed: before and, where it trains, after; a choice that draws nothing is made once."""
+        given, found = self.given, []
+        draws = bool({choice.embedding, choice.head} & {"random", "multivariate", "distillation"})
+        for number, seed in enumerate(given.seeds):
+            if number == 0 or draws:
+                base = load_model(checkpoint, dtype=torch.float32) if choice.needs_model else None
+                made = choose_rows(
+                    checkpoint, self.vocabulary, choice, model=base, texts=self.texts, seed=seed,
+                    fit_steps=given.fit_steps,
+                )  # fmt: skip
+                write_extended(checkpoint, work / "extended", {name: new.rows for name, new in made.items()})
+                before = self.measured(load_model(work / "extended", dtype=torch.float32), self.tokenizer)
+                collisions = {name: new.collisions for name, new in made.items()}
+                gc.collect()
+            found.append({"seed": seed, "collisions": collisions, "before": before})
+            if train:
+                found[-1]["after"] = self.trained(load_model(work / "extended", dtype=torch.float32), seed)
+                gc.collect()
         return found
+
+    def trained(self, model: Llama, seed: int) -> dict[str, Any]:
+        """Results after the short training of embedding and head."""
+        given = self.given
+        tokens = given.steps * given.batch_size * given.sequence_length
+        stage = Stage(name="embed-head", train=("embed", "head"), tokens=tokens, lr=given.lr)
+        loop = LoopConfig(batch_size=given.batch_size, micro_batch_size=given.batch_size)
+        with tempfile.TemporaryDirectory() as folder:
+            Trainer(
+                model, stage, self.data, sequence_length=given.sequence_length, folder=Path(folder), seed=seed,
+                loop=loop,
+            ).run()  # fmt: skip
+        return self.measured(model.eval(), self.tokenizer)
 
 
 def prepare(given: argparse.Namespace, work: Path) -> Setting:
@@ -172,7 +181,7 @@ def main() -> None:
     arguments.add_argument("--choices", nargs="*", default=list(CHOICES))
     arguments.add_argument("--tied", nargs="*", default=list(TIED))
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--steps", type=int, default=16, help="of training (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=12, help="of training (default: %(default)s)")
     arguments.add_argument("--batch-size", type=int, default=2, help="sequences (default: %(default)s)")
     arguments.add_argument("--sequence-length", type=int, default=256, help="tokens (default: %(default)s)")
     arguments.add_argument("--lr", type=float, default=2e-3)
@@ -195,10 +204,7 @@ def main() -> None:
         plain: dict[str, list[dict[str, Any]]] = {}
         inputs = [given.checkpoint, given.tokenizer, *given.korean, *given.korean_heldout]
         for base, checkpoint, name in cases(given, untied, tied):
-            runs = []
-            for seed in given.seeds if base == "untied" else given.seeds[:1]:
-                runs.append(setting.run(checkpoint, Choice.parse(name), seed, work, train=base == "untied"))
-                gc.collect()
+            runs = setting.runs(checkpoint, Choice.parse(name), work, train=base == "untied")
             if name == "decomposition":
                 plain[base] = runs
             measured = {"base": base, "choice": name, **summary(runs, plain.get(base, []))}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model import Llama, NewRows, NewVocabulary, RowFinish, make_rows, read_config
 from ..model.checkpoint import EMBEDDING, LM_HEAD
 from ..model.init_fit import add_unigram_prior, extend_in_memory, fit_input_rows, hidden_statistics
-from ..model.init_methods import InitMethod
+from ..model.init_methods import SIMILARITY_METHODS, InitMethod
 from ..model.row_collisions import coinciding
 
 PRIOR = "+prior"
@@ -59,7 +59,7 @@ class Choice(NamedTuple):
 
     @property
     def needs_similarity(self) -> bool:
-        return bool({self.embedding, self.head} & {"focus", "omp"})
+        return bool({self.embedding, self.head} & SIMILARITY_METHODS)
 
 
 @dataclass(frozen=True)

@@ -161,15 +161,12 @@ def make_rows(
         # A seed of its own for each matrix, so that file order does not matter.
         generator = torch.Generator().manual_seed(seed * 2 + (name == LM_HEAD))
         matrix: Matrix = "embedding" if name == EMBEDDING else "head"
-        made[name] = new_rows(
-            tensor.view(tokens, -1),
-            vocabulary,
-            embedding if name == EMBEDDING else head,
-            generator,
-            matrix=matrix,
-            finish=RowFinish() if name == LM_HEAD_BIAS else finish,
-        )
-        made[name] = replace(made[name], rows=made[name].rows.view(-1, *tensor.shape[1:]))
+        method = embedding if name == EMBEDDING else head
+        if name == LM_HEAD_BIAS:
+            filled = fill_rows(tensor[:, None], vocabulary, method, generator, matrix=matrix)
+            made[name] = NewRows(filled.rows[:, 0].to(tensor.dtype), method, method, filled.weights, 0, 0)
+        else:
+            made[name] = new_rows(tensor, vocabulary, method, generator, matrix=matrix, finish=finish)
     return made
 
 

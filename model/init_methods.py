@@ -33,6 +33,8 @@ InitMethod = Literal[
 Matrix = Literal["embedding", "head"]
 
 PAPER_METHODS: tuple[InitMethod, ...] = ("random", "mean", "multivariate", "decomposition", "first")
+SIMILARITY_METHODS = frozenset({"focus", "omp"})
+"""Those that need `NewVocabulary.similarity`."""
 EXPONENT = 2.0
 """AdaptiVocab's rate: each sub-token weighs e² times its neighbour."""
 

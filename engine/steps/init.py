@@ -12,6 +12,7 @@ import torch
 from ...filtering import find_inputs
 from ...model import CheckpointReader, NewRows, NewVocabulary, RowFinish, read_config, write_extended
 from ...model.checkpoint import EMBEDDING, LM_HEAD
+from ...model.init_methods import SIMILARITY_METHODS
 from ...model.init_similarity import cooccurrence_vectors, second_vocabulary_vectors
 from ...tokenizer import find_vocabulary, open_vocabulary
 from ..errors import RecipeError
@@ -55,7 +56,7 @@ def units(context: Context) -> list[Unit]:
         if second is not None:
             read_config(second)
             open_vocabulary(find_vocabulary(second))
-        if any(_reads_corpus(choice, config) for choice in _choices(config)) and context.recipe.filter is None:
+        if _reads_corpus(config) and context.recipe.filter is None:
             raise RecipeError('"focus", "omp", "distillation" and "+prior" need the corpus of a [filter] section')
 
     return [Unit("init", "init", described, inputs, lambda folder: run_init(context, folder), check)]
@@ -66,8 +67,13 @@ def _choices(config: InitConfig) -> list[Choice]:
     return list(dict.fromkeys([config.choice, *map(Choice.parse, config.compare)]))
 
 
-def _reads_corpus(choice: Choice, config: InitConfig) -> bool:
-    return choice.needs_model or (choice.needs_similarity and config.second_checkpoint is None)
+def _needs_similarity(config: InitConfig) -> bool:
+    return config.byte_only in SIMILARITY_METHODS or any(choice.needs_similarity for choice in _choices(config))
+
+
+def _reads_corpus(config: InitConfig) -> bool:
+    needs_model = any(choice.needs_model for choice in _choices(config))
+    return needs_model or (_needs_similarity(config) and config.second_checkpoint is None)
 
 
 def run_init(context: Context, folder: Path) -> StepResult:
@@ -92,11 +98,9 @@ def run_init(context: Context, folder: Path) -> StepResult:
         # One matrix has one method: what a choice says of the head does not apply.
         choices = list(dict.fromkeys(Choice(choice.embedding, choice.embedding) for choice in choices))
     plain, tokenizer = text_encoder(context.base_tokenizer, base), text_encoder(hybrid_path, base)
-    texts = _fit_texts(context, tokenizer) if any(_reads_corpus(choice, config) for choice in choices) else None
-    similar = any(choice.needs_similarity for choice in choices)
-    vocabulary = NewVocabulary(
-        pair.decompositions, pair.base.surfaces, _similarity(context, pair, texts) if similar else None
-    )
+    texts = _fit_texts(context, tokenizer) if _reads_corpus(config) else None
+    similarity = _similarity(context, pair, texts) if _needs_similarity(config) else None
+    vocabulary = NewVocabulary(pair.decompositions, pair.base.surfaces, similarity)
     heldout = context.heldout_texts(config.heldout_documents)
     finish = RowFinish(config.match, config.byte_only, config.break_collisions)
 
