@@ -94,8 +94,8 @@ class InitConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     break_collisions: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     """Noise for rows that coincide with others, in standard deviations of the base's entries."""
     second_checkpoint: str | None = None
-    """A checkpoint with its SentencePiece tokenizer.model that knows the new language, for "focus" and "omp"; by
-    default they use token vectors from the corpus."""
+    """A checkpoint with its tokenizer that knows the new language, for "focus" and "omp"; by default they use token
+    vectors from the corpus."""
     base_text: tuple[str, ...] = ()
     """Files of base-language text whose probabilities a prior should leave alone."""
     fit_documents: Positive = 1_000
