@@ -101,6 +101,39 @@ def test_distillation_lowers_the_distance_to_the_base_and_moves_new_rows_alone()
     assert float((rows - start[FIRST:]).abs().min(1).values.max()) > 0
 
 
+def test_a_step_of_distillation_goes_down_the_slope_of_the_squared_distance():
+    """Against differences of the loss, written out token by token; Adam's first step is of one length everywhere."""
+    made, base, text = model(), model(), documents(1)[0]
+    extend_in_memory(made, decomposed(made))
+    weight, scale = made.model.embed_tokens.weight, float(base.model.embed_tokens.weight.std())
+    spelling, wanted = [], []
+    for token in text.tolist():
+        spelling += DECOMPOSITIONS[token - FIRST] if token >= FIRST else [token]
+        wanted.append(hidden_of(base, torch.tensor(spelling))[-1].double())
+    wanted = torch.stack(wanted)
+
+    def loss():
+        return float((hidden_of(made, text).double() - wanted).square().mean() / wanted.square().mean())
+
+    slopes = torch.zeros(3, 16)
+    for row in range(3):
+        for column in range(16):
+            start = float(weight[FIRST + row, column])
+            values = []
+            for step in (0.01, -0.01):
+                with torch.no_grad():
+                    weight[FIRST + row, column] = start + step * scale
+                values.append(loss())
+            with torch.no_grad():
+                weight[FIRST + row, column] = start
+            slopes[row, column] = values[0] - values[1]
+    before = weight[FIRST:].clone()
+    moved = fit_input_rows(made, DECOMPOSITIONS, [text], first_new_row=FIRST, steps=1, lr=0.05) - before
+    steep = slopes.abs() > 0.05 * slopes.abs().max()
+    assert int(steep.sum()) > 10
+    torch.testing.assert_close(moved[steep], -slopes[steep].sign() * 0.05 * scale, rtol=1e-2, atol=0)
+
+
 def test_hidden_statistics_are_the_moments_of_all_positions():
     made = model()
     extend_in_memory(made, decomposed(made))
