@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -35,6 +35,29 @@ class ValidationSet(NamedTuple):
     source: SequenceSource
     text_bytes: int | None = None
     """UTF-8 bytes of the text behind them, for bits per byte."""
+
+
+class TextEncoder(Protocol):
+    """What measuring a model on text needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, all of which need a row."""
+        ...
+
+    @property
+    def bos_id(self) -> int | None:
+        """Put before a document, where there is one."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """Put behind a document, where there is one."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, without BOS and EOS."""
+        ...
 
 
 @torch.inference_mode()
@@ -71,15 +94,15 @@ def evaluate_loss(
     )
 
 
-def text_windows(tokenizer: Tokenizer, texts: Sequence[str], window: int) -> ExampleSequences:
-    """Documents as the packer writes them (BOS, text, EOS), each cut into windows of `window` tokens.
+def text_windows(tokenizer: TextEncoder, texts: Sequence[str], window: int) -> ExampleSequences:
+    """Documents as the packer writes them (BOS, text, EOS, where there are such), cut into windows of `window` tokens.
 
     A window's first target is the token behind the window before it, so that every token but BOS is
     predicted exactly once.
     """
     examples = []
     for ids in tokenizer.encode_batch(texts):
-        document = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        document = [i for i in (tokenizer.bos_id, *ids, tokenizer.eos_id) if i is not None]
         targets = [*document[1:], IGNORE_INDEX]
         for begin in range(0, len(document), window):
             examples.append((document[begin : begin + window], targets[begin : begin + window]))

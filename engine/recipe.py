@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..filtering import FilterConfig
-from ..model.embedding_init import InitMethod
+from ..model.embedding_init import Matching
+from ..model.init_methods import InitMethod
 from ..tokenizer import TokenizerConfig
 from .errors import RecipeError
 from .eval_config import EvalConfig
+from .init_choice import Choice
 from .loop_config import LoopConfig
 from .optimizer_config import AboveZero, NotNegative, OptimizerName
 from .plans import plan_stages
@@ -83,11 +85,40 @@ class InitConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How the rows of new vocabulary entries begin."""
 
     embedding: InitMethod = "decomposition"
-    head: InitMethod = "decomposition"
-    compare: tuple[InitMethod, ...] = ("random",)
-    """Methods whose held-out loss is reported beside the chosen one's, used for both matrices."""
+    head: str = "decomposition"
+    """A method; "+prior" behind it shifts the rows to their tokens' frequencies in the corpus."""
+    compare: tuple[str, ...] = ("random",)
+    """Choices measured beside the chosen one: "EMBEDDING/HEAD", or one method for both."""
+    match: Matching = "none"
+    """Norms of new rows: as they come, or those of the base's rows."""
+    byte_only: InitMethod | None = None
+    """Another method for pieces whose base tokens are all bytes of characters."""
+    break_collisions: Annotated[float, msgspec.Meta(ge=0)] = 0.02
+    """Noise for rows that coincide with others, in standard deviations of the base's entries."""
+    second_checkpoint: str | None = None
+    """A checkpoint with its tokenizer that knows the new language, for "focus" and "omp"; by default they use token
+    vectors from the corpus."""
+    base_text: tuple[str, ...] = ()
+    """Files of base-language text whose probabilities a prior should leave alone."""
+    fit_documents: Positive = 1_000
+    """Documents of the training split that "focus", "omp", "distillation" and a prior look at."""
+    fit_steps: Positive = 100
+    """Steps of "distillation"."""
     heldout_documents: Positive = 200
     """Documents of the validation split to measure on."""
+    provenance: bool = True
+    """Write provenance.parquet: for each new row its base rows, weights and norm."""
+
+    def __post_init__(self) -> None:
+        for name in (str(self.choice), *self.compare):
+            Choice.parse(name)
+        if self.byte_only == "distillation":
+            raise ValueError('byte_only = "distillation" is not possible: it fits all input rows together')
+
+    @property
+    def choice(self) -> Choice:
+        """The methods of the run's own rows."""
+        return Choice.parse(f"{self.embedding}/{self.head}")
 
 
 class PackConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -165,14 +165,55 @@ def _tokenizer(summary: dict[str, Any]) -> str:
 def _init(summary: dict[str, Any]) -> str:
     everything = {"base model, base tokenizer": summary["base"], **summary["methods"]}
     rows = [
-        (label, domain, _number(r["bits_per_byte"], 3), _number(r["loss"], 3), f"{r['accuracy']:.4f}")
+        (
+            label,
+            domain,
+            _number(r["bits_per_byte"], 3),
+            _number(r["loss"], 3),
+            f"{r['accuracy']:.4f}",
+            # Runs of earlier versions measured no ranks.
+            f"{r['median_rank']:,.0f}" if "median_rank" in r else "",
+            _number(r.get("mean_reciprocal_rank"), 4),
+            f"{r['new_mass']:.2%}" if "new_mass" in r else "",
+        )
         for label, domains in everything.items()
         for domain, r in domains.items()
     ]
+    details = [
+        (label, tensor, f"{r['collisions']:,}", f"{r['collisions_left']:,}", _number(r["median_norm"], 4))
+        for label, tensors in summary.get("rows", {}).items()
+        for tensor, r in tensors.items()
+    ]
+    domains = list(summary["base"])
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(everything) * max(1, len(domains)) + 1))
+    height = 0.8 / max(1, len(domains))
+    for place, domain in enumerate(domains):
+        values = [measured[domain]["bits_per_byte"] for measured in everything.values()]
+        places = [-index - place * height for index in range(len(values))]
+        axes.barh(places, values, height=height, color=_COLOURS[place % len(_COLOURS)], label=domain)
+    axes.set_yticks([-index for index in range(len(everything))], list(everything))
+    axes.set_xlabel("bits per byte")
+    axes.legend(frameon=False, fontsize=8)
+    tied = " The head is the embedding." if summary.get("tied") else ""
+    bytes_alone = f", {summary['byte_only']:,} of them spelled in bytes alone" if "byte_only" in summary else ""
     return (
         "<h2>New vocabulary before any training</h2>"
-        f"<p>{summary['new_rows']:,} new rows; methods are embedding/head.</p>"
-        + _table(("method", "text", "bits per byte", "nats per token", "accuracy"), rows, numeric=(2, 3, 4))
+        f"<p>{summary['new_rows']:,} new rows{bytes_alone}; methods are embedding/head; "
+        f"chosen: {escape(summary['chosen'])}.{tied}</p>"
+        + _svg(figure)
+        + _table(
+            (
+                *("method", "text", "bits per byte", "nats per token", "accuracy", "median rank"),
+                *("mean reciprocal rank", "probability of new pieces"),
+            ),
+            rows,
+            numeric=(2, 3, 4, 5, 6, 7),
+        )
+        + _table(
+            ("method", "matrix", "coinciding rows", "left when stored", "median norm"),
+            details,
+            numeric=(2, 3, 4),
+        )
     )
 
 

@@ -11,9 +11,10 @@ from .attention_backends import set_attention_backend
 from .checkpoint import CheckpointReader, load_model, save_model, write_checkpoint
 from .config import ModelConfig, read_config
 from .depth_upscaling import source_layers, upscale_checkpoint
-from .embedding_init import extend_checkpoint, new_rows
+from .embedding_init import NewRows, RowFinish, extend_checkpoint, make_rows, new_rows, write_extended
 from .errors import CheckpointError, GenerationError
 from .generation import generate, generate_batch
+from .init_methods import NewVocabulary, fill_rows
 from .kv_cache import KeyValueCache
 from .llama import Llama
 from .lora import ADAPTABLE_LAYERS, LINEAR_LAYERS, LoRALinear, add_lora, merge_lora
@@ -34,16 +35,21 @@ __all__ = [
     "Llama",
     "LoRALinear",
     "ModelConfig",
+    "NewRows",
+    "NewVocabulary",
     "PackedDocuments",
     "RoPELayout",
+    "RowFinish",
     "add_lora",
     "check_settings",
     "create_checkpoint",
     "extend_checkpoint",
+    "fill_rows",
     "generate",
     "generate_batch",
     "load_adapter",
     "load_model",
+    "make_rows",
     "merge_lora",
     "new_rows",
     "packed_attention",
@@ -63,4 +69,5 @@ __all__ = [
     "upscale_checkpoint",
     "with_vocab_size",
     "write_checkpoint",
+    "write_extended",
 ]

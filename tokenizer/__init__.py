@@ -12,6 +12,7 @@ from .selection import choose_pieces, script_pieces
 from .spm import ModelProto, Tokenizer, decompose_pieces, load_model_proto
 from .stream import StreamDecoder
 from .train import train_korean_bpe, train_pieces
+from .vocabulary import Vocabulary, find_vocabulary, open_vocabulary
 from .words import count_words, mix_words, sample_documents
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerError",
     "TokenizerSummary",
+    "Vocabulary",
     "build_hybrid_tokenizer",
     "check_tokenizer",
     "choose_pieces",
@@ -34,11 +36,13 @@ __all__ = [
     "decompose_pieces",
     "decompose_tokens",
     "export_hf_tokenizer",
+    "find_vocabulary",
     "load_model_proto",
     "merge_pieces",
     "merge_reachable",
     "mix_words",
     "open_encoder",
+    "open_vocabulary",
     "sample_documents",
     "script_pieces",
     "token_ratio",

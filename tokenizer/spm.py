@@ -141,6 +141,11 @@ def decompose_pieces(base: ModelProto, pieces: Iterable[str]) -> list[list[int]]
     return decompositions
 
 
+def piece_surfaces(proto: ModelProto) -> list[bytes]:
+    """Return the bytes of text that each piece stands for, none for control and unknown pieces."""
+    return [_surface(piece).replace(SPACE.encode(), b" ") for piece in proto.pieces]
+
+
 def _surface(piece: Any) -> bytes:
     """Bytes that a piece stands for, ▁ kept as it is."""
     if piece.type == BYTE:

@@ -12,9 +12,10 @@ import torch
 
 from ...filtering import find_inputs, read_documents
 from ...model import Llama, load_model, read_config
-from ...tokenizer import Tokenizer, load_model_proto
+from ...tokenizer import Tokenizer, find_vocabulary, load_model_proto, open_vocabulary
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, RecipeError
+from ..evaluation import TextEncoder
 from ..loop_config import RESULT_NEUTRAL, LoopConfig
 from ..progress import Progress
 from ..recipe import Recipe
@@ -75,9 +76,9 @@ class Context:
 
     @property
     def base_tokenizer(self) -> Path:
-        """The base's SentencePiece model."""
+        """The base's SentencePiece model, or byte-level tokenizer.json."""
         tokenizer = self.recipe.base.tokenizer
-        return Path(tokenizer) if tokenizer is not None else self.base_model / "tokenizer.model"
+        return Path(tokenizer) if tokenizer is not None else find_vocabulary(self.base_model)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -112,7 +113,7 @@ class Context:
         """The tokenizer's files, to lie beside every checkpoint."""
         return [path for name in _TOKENIZER_FILES if (path := self.tokenizer_folder / name).exists()]
 
-    def load(self, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> Llama:
+    def load(self, folder: Path, tokenizer: TextEncoder, dtype: torch.dtype | None = None) -> Llama:
         """A checkpoint on the run's device, in its precision or another; it must have a row for every piece."""
         check_rows(folder, tokenizer)
         return load_model(folder, device=self.device, dtype=dtype or self.dtype)
@@ -184,12 +185,12 @@ class Context:
     def final_hashes(self) -> dict[str, str]:
         return {"sft": self.outputs_digest("sft")} if self.recipe.sft is not None else self.trained_hashes()
 
-    def check_base(self) -> None:
-        """Raise for a base checkpoint or tokenizer that is not there."""
+    def check_base(self, *, byte_level: bool = False) -> None:
+        """Raise for a base checkpoint or tokenizer that is not there; `byte_level` says that such a one will do."""
         if self.recipe.base.checkpoint is not None:
             read_config(self.base_model)
         if self.recipe.base.checkpoint is not None or self.recipe.base.tokenizer is not None:
-            load_model_proto(self.base_tokenizer)
+            (open_vocabulary if byte_level else load_model_proto)(self.base_tokenizer)
 
     def check_heldout(self) -> None:
         """Raise for held-out files that are not there, and for a domain without a document."""
@@ -207,7 +208,7 @@ class Context:
         return dict(zip(files, self.run.file_hashes(files.values()), strict=True))
 
 
-def check_rows(checkpoint: Path, tokenizer: Tokenizer) -> None:
+def check_rows(checkpoint: Path, tokenizer: TextEncoder) -> None:
     """Raise CheckpointError for a checkpoint with fewer rows than the tokenizer has pieces."""
     rows = read_config(checkpoint).vocab_size
     if rows < tokenizer.vocab_size:

@@ -9,7 +9,6 @@ import msgspec
 
 from ...filtering import read_documents
 from ...tokenizer import build_hybrid_tokenizer
-from ...tokenizer.byte_level import ByteLevelBPE, is_byte_level
 from ..progress import Progress
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of
@@ -29,10 +28,7 @@ def units(context: Context) -> list[Unit]:
 
     def check() -> None:
         context.check_source("filter")
-        if context.recipe.base.tokenizer is not None and is_byte_level(context.base_tokenizer):
-            ByteLevelBPE.load(context.base_tokenizer)
-        else:
-            context.check_base()
+        context.check_base(byte_level=True)
         context.check_heldout()
 
     described = config_of(config)

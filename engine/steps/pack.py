@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ...filtering import find_inputs
+from ...tokenizer.byte_level import is_byte_level
 from ..errors import RecipeError, ShardError
 from ..packing import pack_files
 from ..progress import Progress, scaled
@@ -39,6 +40,10 @@ def units(context: Context) -> list[Unit]:
 
     def check() -> None:
         context.check_source("filter")
+        if is_byte_level(context.base_tokenizer):
+            raise RecipeError(
+                f"[pack] and what follows need a SentencePiece tokenizer.model; {context.base_tokenizer} is byte-level"
+            )
         context.check_heldout()
         for domain in context.recipe.heldout:
             if not re.fullmatch(r"[\w-]+", domain):
