@@ -25,6 +25,8 @@ from ..recipe import InitConfig
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of, first_texts, model_outputs
 
+_MOST_PADDING = 1024
+"""Rows without a token that a base may have; more are those of pieces that its tokenizer lacks."""
 _FIT_TOKENS = 512
 """Of a document that rows are fitted to."""
 
@@ -83,7 +85,9 @@ def run_init(context: Context, folder: Path) -> StepResult:
     hybrid_path = find_vocabulary(context.tokenizer_folder)
     pair = HybridVocabulary.open(context.base_tokenizer, hybrid_path)
     base, first = read_config(context.base_model), pair.first_new_row
-    if base.vocab_size < first:
+    beside = find_vocabulary(context.base_model)
+    own = len(open_vocabulary(beside).names) if beside.exists() else first
+    if own != first or not 0 <= base.vocab_size - first < _MOST_PADDING:
         raise RecipeError(
             f"{context.base_tokenizer} has {first} pieces but {context.base_model} has "
             f"{base.vocab_size} rows: it is not this checkpoint's tokenizer"
