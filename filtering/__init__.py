@@ -8,10 +8,11 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
+from .measure import Measured, MeasureOptions, measure_document
 from .normalize import content_id, normalize_text, repair_mojibake
 from .pipeline import FilterConfig, filter_corpus
-from .rules import RULES, PreparedDocument, Rule, prepare
-from .summary import Example, FilterSummary, RuleSummary, SourceSummary, Threshold
+from .rules import RULES, PreparedDocument, Rule, Threshold, passes, prepare, resolve_thresholds
+from .summary import Example, FilterSummary, RuleSummary, SourceSummary
 
 __all__ = [
     "RULES",
@@ -21,6 +22,8 @@ __all__ = [
     "Example",
     "FilterConfig",
     "FilterSummary",
+    "MeasureOptions",
+    "Measured",
     "PreparedDocument",
     "Rule",
     "RuleSummary",
@@ -29,8 +32,11 @@ __all__ = [
     "content_id",
     "filter_corpus",
     "find_inputs",
+    "measure_document",
     "normalize_text",
+    "passes",
     "prepare",
     "read_documents",
     "repair_mojibake",
+    "resolve_thresholds",
 ]

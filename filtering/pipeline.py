@@ -1,6 +1,5 @@
 """From raw files to a normalised, filtered, deduplicated and explained corpus in parquet files."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -11,8 +10,8 @@ import msgspec
 from .documents import BrokenRecord, RecordBatch, decode_batch, find_inputs, read_batches, suffix_of
 from .errors import CorpusError
 from .normalize import content_id, normalize_text, repair_mojibake
-from .rules import RULES, prepare
-from .summary import FilterSummary, ScoredDocument, Tally, Threshold, snippet
+from .rules import RULES, Threshold, passes, prepare, resolve_thresholds
+from .summary import FilterSummary, ScoredDocument, Tally, snippet
 from .workers import available_cores, ordered_map
 from .writer import SplitWriter, remove_old_outputs
 
@@ -41,31 +40,7 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise CorpusError(f"documents_per_file must be at least 1, not {self.documents_per_file}")
         if self.examples_per_rule < 0:
             raise CorpusError(f"examples_per_rule must be at least 0, not {self.examples_per_rule}")
-        names = [rule.name for rule in RULES]
-        for name in self.thresholds:
-            if name not in names:
-                raise CorpusError(f"thresholds names an unknown rule {name!r}: the rules are {', '.join(names)}")
-        for name, threshold in zip(names, resolve_thresholds(self.thresholds), strict=True):
-            bounds = [bound for bound in (threshold.minimum, threshold.maximum) if bound is not None]
-            if any(map(math.isnan, bounds)) or bounds != sorted(bounds):
-                raise CorpusError(
-                    f"thresholds.{name} lets nothing pass: minimum {threshold.minimum}, maximum {threshold.maximum}"
-                )
-
-
-def resolve_thresholds(changes: dict[str, Threshold]) -> list[Threshold]:
-    """Returns the threshold of every rule, in the order of `RULES`, with the changes made."""
-    resolved = []
-    for rule in RULES:
-        change = changes.get(rule.name, Threshold())
-        resolved.append(
-            Threshold(
-                minimum=rule.minimum if change.minimum is None else change.minimum,
-                maximum=rule.maximum if change.maximum is None else change.maximum,
-                enabled=change.enabled,
-            )
-        )
-    return resolved
+        resolve_thresholds(self.thresholds)
 
 
 def filter_corpus(
@@ -95,8 +70,8 @@ def filter_corpus(
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_old_outputs(output_dir)
 
-    thresholds = resolve_thresholds(config.thresholds)
-    tally = Tally(RULES, thresholds, config.examples_per_rule)
+    thresholds = list(resolve_thresholds(config.thresholds).values())
+    tally = Tally(tuple(RULES.values()), thresholds, config.examples_per_rule)
     validation_below = int(config.validation_fraction * 2**64)
     seen: set[int] = set()
     results = ordered_map(partial(score_batch, thresholds=thresholds), _batches(paths), _worker_count(config, paths))
@@ -134,7 +109,7 @@ def score_batch(
         repaired = repair_mojibake(document.text)
         text = normalize_text(repaired)
         prepared = prepare(text)
-        scores = [rule.score(prepared) for rule in RULES]
+        scores = [rule.score(prepared) for rule in RULES.values()]
         failed = [
             index
             for index, (score, threshold) in enumerate(zip(scores, thresholds, strict=True))
@@ -154,14 +129,6 @@ def score_batch(
             )
         )
     return scored, broken, batch.file_bytes
-
-
-def passes(score: float, threshold: Threshold) -> bool:
-    """Returns whether a score lies in the closed range, which a disabled threshold leaves open."""
-    if not threshold.enabled:
-        return True
-    above = threshold.minimum is None or score >= threshold.minimum
-    return above and (threshold.maximum is None or score <= threshold.maximum)
 
 
 def _batches(paths: list[Path]) -> Iterator[RecordBatch]:

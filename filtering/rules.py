@@ -7,13 +7,18 @@ published for morphemes (FineWeb2) or for English (Gopher) drop many good Korean
 """
 
 import functools
+import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 
+import msgspec
 import numpy as np
+
+from .errors import CorpusError
 
 _OTHER, _SPACE, _HANGUL, _SYMBOL, _BROKEN = range(5)
 _TABLE_SIZE = 0x20000
@@ -45,15 +50,37 @@ class PreparedDocument:
     grammatical_endings: int = 0
 
 
+class Threshold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Changes the range of scores that passes a rule; `-inf` and `inf` open a side."""
+
+    minimum: float | None = None  # lowest score that passes; unset keeps the rule's own
+    maximum: float | None = None  # highest score that passes; unset keeps the rule's own
+    enabled: bool | None = (
+        None  # false: the rule still scores every document and drops none; unset keeps the rule's own
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A score function and the closed range [minimum, maximum] of scores that passes; None leaves a side open."""
+    """A score function and the closed range [minimum, maximum] of scores that passes; None leaves a side open.
+
+    `group` is what an ablation switches together; a rule that is not `enabled` scores and drops nothing by default.
+    """
 
     name: str
+    group: str
     description: str
     score: Callable[[PreparedDocument], float]
     minimum: float | None = None
     maximum: float | None = None
+    enabled: bool = True
+
+    @property
+    def direction(self) -> str:
+        """Which side drops: "below" the minimum, "above" the maximum, or "outside" of both."""
+        if self.minimum is not None and self.maximum is not None:
+            return "outside"
+        return "above" if self.minimum is None else "below"
 
 
 def prepare(text: str) -> PreparedDocument:
@@ -201,16 +228,63 @@ def bullet_lines(document: PreparedDocument) -> float:
     return sum(line.startswith(_BULLETS) for line in document.lines) / max(len(document.lines), 5)
 
 
-RULES: tuple[Rule, ...] = (
-    Rule("length", "characters of the text", length, minimum=50, maximum=500_000),
-    Rule("korean_ratio", "Hangul syllables among non-space characters", korean_ratio, minimum=0.25),
-    Rule("grammar_ratio", "Hangul words that end in a particle or verb ending", grammar_ratio, minimum=0.25),
-    Rule("eojeol_length", "mean characters of a whitespace-separated word", eojeol_length, minimum=2.0, maximum=10.0),
-    Rule("symbol_ratio", "symbols among non-space characters", symbol_ratio, maximum=0.1),
-    Rule("broken_ratio", "undecodable characters among non-space characters", broken_ratio, maximum=0.001),
-    Rule("duplicate_lines", "characters in lines that repeat an earlier one", duplicate_lines, maximum=0.3),
-    Rule("top_bigram", "characters covered by the most frequent pair of words", top_bigram, maximum=0.2),
-    Rule("duplicate_ngrams", "characters in runs of five words that occurred earlier", duplicate_ngrams, maximum=0.4),
-    Rule("ellipsis_lines", "lines that end in an ellipsis", ellipsis_lines, maximum=0.5),
-    Rule("bullet_lines", "lines that begin with a bullet", bullet_lines, maximum=0.9),
+_RULES = (
+    Rule("length", "length", "characters of the text", length, minimum=50, maximum=500_000),
+    Rule("korean_ratio", "language", "Hangul syllables among non-space characters", korean_ratio, minimum=0.25),
+    Rule("grammar_ratio", "grammar", "Hangul words that end in a particle or verb ending", grammar_ratio, minimum=0.25),
+    Rule(
+        "eojeol_length",
+        "eojeol",
+        "mean characters of a whitespace-separated word",
+        eojeol_length,
+        minimum=2.0,
+        maximum=10.0,
+    ),
+    Rule("symbol_ratio", "symbols", "symbols among non-space characters", symbol_ratio, maximum=0.1),
+    Rule("broken_ratio", "symbols", "undecodable characters among non-space characters", broken_ratio, maximum=0.001),
+    Rule(
+        "duplicate_lines", "repetition", "characters in lines that repeat an earlier one", duplicate_lines, maximum=0.3
+    ),
+    Rule("top_bigram", "repetition", "characters covered by the most frequent pair of words", top_bigram, maximum=0.2),
+    Rule(
+        "duplicate_ngrams",
+        "repetition",
+        "characters in runs of five words that occurred earlier",
+        duplicate_ngrams,
+        maximum=0.4,
+    ),
+    Rule("ellipsis_lines", "lines", "lines that end in an ellipsis", ellipsis_lines, maximum=0.5),
+    Rule("bullet_lines", "lines", "lines that begin with a bullet", bullet_lines, maximum=0.9),
 )
+
+RULES: Mapping[str, Rule] = MappingProxyType({rule.name: rule for rule in _RULES})
+"""Every rule by its name, in the order in which reports list them."""
+
+
+def resolve_thresholds(changes: Mapping[str, Threshold]) -> dict[str, Threshold]:
+    """Returns the threshold of every rule, in the order of `RULES`, with the changes made.
+
+    Raises CorpusError for an unknown rule and for a range that lets nothing pass.
+    """
+    for name in changes:
+        if name not in RULES:
+            raise CorpusError(f"thresholds names an unknown rule {name!r}: the rules are {', '.join(RULES)}")
+    resolved = {}
+    for name, rule in RULES.items():
+        change = changes.get(name, Threshold())
+        minimum = rule.minimum if change.minimum is None else change.minimum
+        maximum = rule.maximum if change.maximum is None else change.maximum
+        bounds = [bound for bound in (minimum, maximum) if bound is not None]
+        if any(map(math.isnan, bounds)) or bounds != sorted(bounds):
+            raise CorpusError(f"thresholds.{name} lets nothing pass: minimum {minimum}, maximum {maximum}")
+        enabled = rule.enabled if change.enabled is None else change.enabled
+        resolved[name] = Threshold(minimum=minimum, maximum=maximum, enabled=enabled)
+    return resolved
+
+
+def passes(score: float, threshold: Threshold) -> bool:
+    """Returns whether a score lies in the closed range, which a disabled threshold leaves open."""
+    if threshold.enabled is False:
+        return True
+    above = threshold.minimum is None or score >= threshold.minimum
+    return above and (threshold.maximum is None or score <= threshold.maximum)

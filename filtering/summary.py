@@ -3,20 +3,12 @@
 import msgspec
 
 from .documents import BrokenRecord
-from .rules import Rule
+from .rules import Rule, Threshold
 
 _MAX_SOURCES = 1000
 _MAX_BROKEN_EXAMPLES = 10
 OTHER_SOURCES = "(other sources)"
 EXACT_DUPLICATE = "exact_duplicate"
-
-
-class Threshold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Changes the range of scores that passes a rule; `-inf` and `inf` open a side."""
-
-    minimum: float | None = None  # lowest score that passes; unset keeps the rule's own
-    maximum: float | None = None  # highest score that passes; unset keeps the rule's own
-    enabled: bool = True  # false: the rule still scores every document and drops none
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True):

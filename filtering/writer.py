@@ -39,7 +39,7 @@ class SplitWriter:
             raise CorpusError('writing parquet needs pyarrow: pip install "redwhale[filtering]"') from error
         self._pa, self._pq = pa, pq
         columns = [("id", pa.string()), ("text", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
-        self._schema = pa.schema(columns + [(rule.name, pa.float32()) for rule in RULES])
+        self._schema = pa.schema(columns + [(name, pa.float32()) for name in RULES])
         self._output_dir = output_dir
         self._split = split
         self._documents_per_file = documents_per_file

@@ -83,7 +83,7 @@ def rows(folder, split: str) -> list[dict]:
 def failing_rules(text: str, *, skip: frozenset[str] = frozenset()) -> list[str]:
     document = prepare(normalize_text(text))
     failing = []
-    for rule in RULES:
+    for rule in RULES.values():
         low = rule.minimum if rule.minimum is not None else float("-inf")
         high = rule.maximum if rule.maximum is not None else float("inf")
         if rule.name not in skip and not low <= rule.score(document) <= high:
@@ -122,7 +122,7 @@ def test_kept_documents_and_rule_counts_equal_brute_force(tmp_path):
         assert row["source"] == by_id[row["id"]]["source"]
         assert row["bytes"] == len(row["text"].encode())
         document = prepare(row["text"])
-        for rule in RULES:
+        for rule in RULES.values():
             assert row[rule.name] == pytest.approx(rule.score(document), rel=1e-6)
 
     assert len([name for name, count in dropped.items() if count]) >= 5
@@ -223,7 +223,7 @@ def test_thresholds_change_and_disable_rules(tmp_path):
     assert summary.documents_out == len(kept) > len(reference(records)[0])
     by_name = {rule.name: rule for rule in summary.rules}
     assert by_name["length"].dropped_documents == by_name["grammar_ratio"].failing_documents == 0
-    assert by_name["length"].threshold.maximum == RULES[0].maximum
+    assert by_name["length"].threshold.maximum == RULES["length"].maximum
     assert {name: rule.dropped_documents for name, rule in by_name.items() if rule.dropped_documents} == dropped
 
 
@@ -336,7 +336,7 @@ for name in ("torch", "pyarrow", "zstandard", "duckdb"):
     sys.modules[name] = None
 import redwhale.filtering as filtering
 document = filtering.prepare(filtering.normalize_text("고래는 바다에 산다."))
-print(len([rule.score(document) for rule in filtering.RULES]))
+print(len([rule.score(document) for rule in filtering.RULES.values()]))
 loaded = {name.partition(".")[0] for name in sys.modules}
 print(sorted(loaded & {"torch", "pyarrow", "zstandard", "tokenizers", "transformers"}, key=str))
 """
