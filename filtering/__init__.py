@@ -8,10 +8,11 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
-from .measure import Measured, MeasureOptions, measure_document
+from .measure import Measured, MeasureOptions, measure_document, measure_documents
 from .normalize import content_id, normalize_text, repair_mojibake
 from .pipeline import FilterConfig, filter_corpus
-from .rules import RULES, PreparedDocument, Rule, Threshold, passes, prepare, resolve_thresholds
+from .prepare import PreparedDocument, prepare, prepare_batch
+from .rules import RULES, Rule, Threshold, passes, resolve_thresholds
 from .summary import Example, FilterSummary, RuleSummary, SourceSummary
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "filter_corpus",
     "find_inputs",
     "measure_document",
+    "measure_documents",
     "normalize_text",
     "passes",
     "prepare",
+    "prepare_batch",
     "read_documents",
     "repair_mojibake",
     "resolve_thresholds",

@@ -10,7 +10,8 @@ import msgspec
 from .documents import BrokenRecord, RecordBatch, decode_batch, find_inputs, read_batches, suffix_of
 from .errors import CorpusError
 from .normalize import content_id, normalize_text, repair_mojibake
-from .rules import RULES, Threshold, passes, prepare, resolve_thresholds
+from .prepare import prepare
+from .rules import RULES, Threshold, passes, resolve_thresholds
 from .summary import FilterSummary, ScoredDocument, Tally, snippet
 from .workers import available_cores, ordered_map
 from .writer import SplitWriter, remove_old_outputs

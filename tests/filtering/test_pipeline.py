@@ -86,7 +86,7 @@ def failing_rules(text: str, *, skip: frozenset[str] = frozenset()) -> list[str]
     for rule in RULES.values():
         low = rule.minimum if rule.minimum is not None else float("-inf")
         high = rule.maximum if rule.maximum is not None else float("inf")
-        if rule.name not in skip and not low <= rule.score(document) <= high:
+        if rule.enabled and rule.name not in skip and not low <= rule.score(document) <= high:
             failing.append(rule.name)
     return failing
 
@@ -213,10 +213,15 @@ def test_validation_is_chosen_by_content_and_not_by_order(tmp_path):
 
 def test_thresholds_change_and_disable_rules(tmp_path):
     records = mixed_corpus(tmp_path / "in")
-    open_rules = frozenset({"length", "grammar_ratio"})
+    open_rules = frozenset({"length", "grammar_ratio", "sentence_lines", "boilerplate_lines"})
     config = FilterConfig(
         inputs=[str(tmp_path / "in")],
-        thresholds={"length": Threshold(minimum=float("-inf")), "grammar_ratio": Threshold(enabled=False)},
+        thresholds={
+            "length": Threshold(minimum=float("-inf")),
+            "sentence_lines": Threshold(minimum=0),
+            "boilerplate_lines": Threshold(maximum=float("inf")),
+            "grammar_ratio": Threshold(enabled=False),
+        },
     )
     summary = filter_corpus(config, tmp_path / "out")
     kept, dropped, _, _ = reference(records, skip=open_rules)

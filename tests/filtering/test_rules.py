@@ -93,7 +93,7 @@ def test_each_rule_finds_what_it_is_for(rule, text):
     [
         ("length", "가나 다", 4),
         ("korean_ratio", "가나 ab", 0.5),
-        ("korean_ratio", "좋아ㅋㅋㅋㅋ", 2 / 6),
+        ("korean_ratio", "좋아ㅋㅋㅋㅋ", 2 / 4),
         ("grammar_ratio", "고래는 바다에 산다 (동물), 로그인 Python을", 4 / 6),
         ("eojeol_length", "하나 둘셋넷\n다", 2.0),
         ("symbol_ratio", "가격은 #1, $5!", 2 / 9),

@@ -1,0 +1,282 @@
+"""Counts that the rules need, made for a whole batch of documents at once with numpy.
+
+The documents of a batch are laid end to end, so that every array operation serves hundreds of them; no count of a
+document depends on its neighbours. Words and n-grams are compared by 64-bit polynomial hashes of code points, which are
+the same on every machine.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .wordlists import find_listed
+
+_TABLE_SIZE = 0x20000
+_KINDS = (*("other", "space", "hangul", "jamo", "latin", "han", "foreign", "digit", "punctuation", "symbol", "broken"),)
+_SPACE, _HANGUL = _KINDS.index("space"), _KINDS.index("hangul")
+# Punctuation of ordinary Korean prose, beside which other punctuation (markup, code, ornaments) counts as a symbol.
+_PROSE_PUNCTUATION = frozenset(".,!?;:'\"()[]%~-–—…·‧∼〜“”‘’「」『』【】《》〈〉、。")
+# Last syllables of the particles and verb endings that close most eojeol of prose and few nouns of a menu.
+_GRAMMATICAL_ENDINGS = "은는이가을를의에도로와과서만며다고면게요죠네까던한할함음임됨된될려록해여어야데듯든"
+
+_MEASURED_CHARACTERS = 1_000_000
+"""Longer texts are scored on their beginning, which bounds memory; their length alone fails the rules."""
+
+LONG_EOJEOL = 30
+"""Characters above which an eojeol is no Korean word: URLs, keys, text without spaces."""
+
+_DOCUMENT_BITS = 16
+"""Bits of a window's hash that tell its document: no batch holds more documents."""
+
+WINDOW = 24
+"""Characters of the windows, white space left out, in which repetition is sought below the level of words."""
+
+
+@dataclass(slots=True)
+class PreparedDocument:
+    """What the rules need of one normalised text; all counts are of characters unless they say otherwise.
+
+    `lines` are stripped and not empty. `eojeol` counts whitespace-separated words and `endings` the maximal runs of
+    Hangul syllables, of which `grammatical_endings` end in a particle or a verb ending. `top_ngram[n]` is what the most
+    frequent n-gram of eojeol covers, `repeated_ngrams[n]` what n-grams that occurred earlier cover, and
+    `repeated_windows` counts windows of `WINDOW` characters that occurred earlier, of `windows`. `listed` holds the
+    words of `wordlists` found, by list, as (start, end) in the text.
+    """
+
+    text: str
+    lines: list[str]
+    counts: dict[str, int]
+    non_space: int
+    eojeol: int
+    long_eojeol: int
+    endings: int
+    grammatical_endings: int
+    top_ngram: dict[int, int] = field(default_factory=dict)
+    repeated_ngrams: dict[int, int] = field(default_factory=dict)
+    windows: int = 0
+    repeated_windows: int = 0
+    listed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+def prepare(text: str) -> PreparedDocument:
+    """Counts one text that `normalize_text` returned; for many texts `prepare_batch` is much faster."""
+    return prepare_batch([text])[0]
+
+
+def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
+    """Counts texts that `normalize_text` returned, in time linear in their sum but for sorting."""
+    most = 1 << _DOCUMENT_BITS
+    if len(texts) > most:
+        return prepare_batch(texts[:most]) + prepare_batch(texts[most:])
+    if not texts:
+        return []
+    measured = [text[:_MEASURED_CHARACTERS] for text in texts]
+    codes = np.frombuffer("\n".join(measured).encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    # Beyond the table lie rare CJK ideographs and nothing that a rule counts.
+    codes = np.minimum(codes, _TABLE_SIZE - 1).astype(np.intp)
+    tables = _character_tables()
+    sizes = np.fromiter(map(len, measured), dtype=np.int64, count=len(measured)) + 1
+    sizes[-1] -= 1
+    document_of = np.repeat(np.arange(len(texts)), sizes)
+    kinds = tables.kinds.take(codes)
+    table = np.bincount(document_of * len(_KINDS) + kinds, minlength=len(texts) * len(_KINDS))
+    counts = table.reshape(len(texts), len(_KINDS)).tolist()
+
+    spaced = np.ones(len(codes) + 2, dtype=bool)
+    spaced[1:-1] = kinds == _SPACE
+    edges = np.flatnonzero(spaced[1:] != spaced[:-1])
+    starts, ends = edges[::2], edges[1::2]
+    words = _Words(starts, ends, document_of, len(texts))
+    mixed = tables.mixed.take(codes)
+    hashes = _hash_spans(mixed, starts, ends)
+    top = {n: words.top(hashes, n) for n in (2, 3)}
+    repeated = {n: words.repeated(hashes, n) for n in (5,)}
+
+    hangul = kinds == _HANGUL
+    last = hangul.copy()
+    last[:-1] &= ~hangul[1:]
+    last = np.flatnonzero(last)
+    endings = np.bincount(document_of[last], minlength=len(texts)).tolist()
+    grammatical = np.bincount(document_of[last[tables.grammatical[codes[last]]]], minlength=len(texts)).tolist()
+    windows, repeated_windows = words.windows(mixed[~spaced[1:-1]])
+
+    prepared = []
+    for index, text in enumerate(texts):
+        by_kind = dict(zip(_KINDS, counts[index], strict=True))
+        prepared.append(
+            PreparedDocument(
+                text=text,
+                lines=[stripped for line in measured[index].split("\n") if (stripped := line.strip())],
+                counts=by_kind,
+                non_space=sum(counts[index]) - by_kind["space"],
+                eojeol=words.per_document[index],
+                long_eojeol=words.long[index],
+                endings=endings[index],
+                grammatical_endings=grammatical[index],
+                top_ngram={n: covered[index] for n, covered in top.items()},
+                repeated_ngrams={n: covered[index] for n, covered in repeated.items()},
+                windows=windows[index],
+                repeated_windows=repeated_windows[index],
+                listed=find_listed(measured[index]),
+            )
+        )
+    return prepared
+
+
+class _Words:
+    """The eojeol of a batch: where they are, and which n-grams of them repeat within a document."""
+
+    def __init__(self, starts: np.ndarray, ends: np.ndarray, document_of: np.ndarray, documents: int):
+        self._lengths = ends - starts
+        self._document = document_of[starts] if len(starts) else np.zeros(0, dtype=np.int64)
+        self._documents = documents
+        self.per_document: list[int] = np.bincount(self._document, minlength=documents).tolist()
+        self.long: list[int] = self._characters(self._lengths > LONG_EOJEOL)
+
+    def top(self, hashes: np.ndarray, n: int) -> list[int]:
+        """Characters under the n-gram with the most characters in all, where it occurs twice; the first wins a tie."""
+        grams = self._grams(hashes, n)
+        where, group, first, count = _groups(grams)
+        length_sums = np.concatenate(([0], np.cumsum(self._lengths)))
+        starts = where[first]
+        weight = count * (length_sums[starts + n] - length_sums[starts])
+        several = np.flatnonzero(count > 1)
+        document = self._document[starts[several]]
+        best = several[np.lexsort((starts[several], -weight[several], document))]
+        best = best[np.unique(self._document[starts[best]], return_index=True)[1]]
+        chosen = np.zeros(len(first), dtype=bool)
+        chosen[best] = True
+        return self._covered(where[chosen[group]], n)
+
+    def repeated(self, hashes: np.ndarray, n: int) -> list[int]:
+        """Characters under n-grams that occurred earlier in the document."""
+        where, _, first, _ = _groups(self._grams(hashes, n))
+        later = np.ones(len(where), dtype=bool)
+        later[first] = False
+        return self._covered(where[later], n)
+
+    def windows(self, characters: np.ndarray) -> tuple[list[int], list[int]]:
+        """Windows of `WINDOW` characters without white space in each document, and those that occurred earlier in it.
+
+        They begin at the first character of an eojeol, and at every one of a long eojeol from the tenth on.
+        """
+        first = np.cumsum(self._lengths) - self._lengths
+        inside = np.maximum(self._lengths - 9, 0)
+        inner = np.repeat(first + 9 - (np.cumsum(inside) - inside), inside) + np.arange(inside.sum())
+        where = np.concatenate((first, inner))
+        document = np.concatenate((self._document, np.repeat(self._document, inside)))
+        document_ends = np.cumsum(np.bincount(self._document, self._lengths, minlength=self._documents)).astype(
+            np.int64
+        )
+        fits = where + WINDOW <= document_ends[document]
+        where, document = where[fits], document[fits]
+        # The document in the high bits and the hash below: one sort finds the repeats of all documents.
+        hashes = _hash_spans(characters, where, where + WINDOW) >> np.uint64(_DOCUMENT_BITS)
+        hashes |= document.astype(np.uint64) << np.uint64(64 - _DOCUMENT_BITS)
+        hashes.sort()
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]] >> np.uint64(64 - _DOCUMENT_BITS)
+        total = np.bincount(document, minlength=self._documents)
+        return total.tolist(), np.bincount(repeated.astype(np.intp), minlength=self._documents).tolist()
+
+    def _grams(self, hashes: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where an n-gram lies within one document, and its hash, which the document is part of."""
+        length = max(len(hashes) - n + 1, 0)
+        where = np.flatnonzero(self._document[:length] == self._document[len(hashes) - length :])
+        grams = self._document[where].astype(np.uint64) * _MULTIPLIERS[0]
+        for offset in range(n):
+            grams = (grams + hashes[where + offset]) * _MULTIPLIERS[1]
+        return where, grams
+
+    def _covered(self, positions: np.ndarray, n: int) -> list[int]:
+        steps = np.zeros(len(self._lengths) + 1, dtype=np.int64)
+        steps[positions] += 1
+        steps[positions + n] -= 1
+        return self._characters(np.cumsum(steps[:-1]) > 0)
+
+    def _characters(self, chosen: np.ndarray) -> list[int]:
+        weights = self._lengths[chosen]
+        return np.bincount(self._document[chosen], weights, minlength=self._documents).astype(np.int64).tolist()
+
+
+def _groups(grams: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Groups equal hashes.
+
+    Returns `where` as given, the group of each entry of it, and of each group the index in `where` of its first
+    occurrence and its number of occurrences.
+    """
+    where, hashes = grams
+    if not len(where):
+        none = np.zeros(0, dtype=np.int64)
+        return where, none, none, none
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    count = np.diff(starts, append=len(order))
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.repeat(np.arange(len(starts)), count)
+    return where, group, np.minimum.reduceat(order, starts), count
+
+
+def _hash_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Polynomial hashes modulo 2^64 of the spans [start, end) of `values` (uint64), wherever they lie."""
+    powers, inverses = _powers(max(1 << 18, 1 << len(values).bit_length()))
+    sums = np.zeros(len(values) + 1, dtype=np.uint64)
+    np.cumsum(values * powers[: len(values)], out=sums[1:])
+    return (sums[ends] - sums[starts]) * inverses[starts]
+
+
+@functools.lru_cache(maxsize=4)
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    base = int(_MULTIPLIERS[1])
+    factors = np.full(count, base, dtype=np.uint64)
+    inverse_factors = np.full(count, pow(base, -1, 2**64), dtype=np.uint64)
+    factors[0] = inverse_factors[0] = 1
+    return np.cumprod(factors), np.cumprod(inverse_factors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    kinds: np.ndarray
+    grammatical: np.ndarray
+    mixed: np.ndarray
+
+
+_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
+
+
+@functools.cache
+def _character_tables() -> _Tables:
+    """For every character below `_TABLE_SIZE` its kind, whether it is a grammatical ending, and 64 well-mixed bits."""
+    kinds = np.array([_KINDS.index(_kind(chr(code))) for code in range(_TABLE_SIZE)], dtype=np.uint8)
+    grammatical = np.zeros(_TABLE_SIZE, dtype=bool)
+    grammatical[[ord(syllable) for syllable in _GRAMMATICAL_ENDINGS]] = True
+    # The finaliser of SplitMix64.
+    mixed = np.arange(1, _TABLE_SIZE + 1, dtype=np.uint64) * _MULTIPLIERS[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return _Tables(kinds, grammatical, mixed ^ (mixed >> np.uint64(31)))
+
+
+def _kind(character: str) -> str:
+    category = unicodedata.category(character)
+    code = ord(character)
+    if character.isspace():
+        return "space"
+    if 0xAC00 <= code <= 0xD7A3:
+        return "hangul"
+    if 0x3131 <= code <= 0x318E or 0x1100 <= code <= 0x11FF:
+        return "jamo"
+    if category == "Co" or character == "\ufffd":
+        return "broken"
+    if 0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0xF900 <= code <= 0xFAFF:
+        return "han"
+    if category[0] == "L":
+        return "latin" if unicodedata.name(character, "").startswith(("LATIN", "FULLWIDTH LATIN")) else "foreign"
+    if category[0] == "N":
+        return "digit" if category == "Nd" else "other"
+    if category[0] in "SP":
+        return "punctuation" if character in _PROSE_PUNCTUATION else "symbol"
+    return "other"
