@@ -14,6 +14,7 @@ _DASH = "[-–—‐‑−－]"
 _BETWEEN = "[-–—‐‑−－.· ]"
 
 _STRETCH = re.compile(r"[0-9０-９+(][0-9０-９+() .\-–—‐‑−－·*]{6,}")
+_WORD = re.compile("[A-Za-z_]")
 _NO_DIGIT = re.compile(r"[^0-9０-９]")
 _START = rf"(?<!{_DIGIT})(?<!{_DIGIT}[-–—‐‑−－.])"
 _END = rf"(?!{_DIGIT})(?![-–—‐‑−－.]{_DIGIT})"
@@ -127,7 +128,7 @@ def _is_ip(matched: str, before: str, after: str) -> bool:
     parts = [int(part) for part in matched.split(".")]
     local = parts[0] in (0, 10, 127, 255) or parts[:2] in ([192, 168], [169, 254]) or parts == [parts[0]] * 4
     private = parts[0] == 172 and 16 <= parts[1] <= 31
-    version = max(parts) < 20 or before[-1:] in ("v", "V") or _closest(before, _OTHER_NUMBER, _BANK) is _OTHER_NUMBER
+    version = max(parts) < 32 or before[-1:] in ("v", "V") or _closest(before, _OTHER_NUMBER, _BANK) is _OTHER_NUMBER
     return max(parts) <= 255 and not (local or private or version)
 
 
@@ -198,7 +199,10 @@ def _found(text: str, kinds: Collection[str]) -> list[tuple[int, int, str]]:
                 start, end = match.span()
                 place = bisect.bisect(found, (start,))
                 taken = (place and found[place - 1][1] > start) or (place < len(found) and found[place][0] < end)
-                if not taken and is_personal(match[0], text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]):
+                # Digits inside of an identifier or a link are no number of anyone.
+                if taken or _WORD.match(text, end) or (start and _plain(match[0]) and _WORD.match(text, start - 1)):
+                    continue
+                if is_personal(match[0], text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]):
                     found.insert(place, (start, end, kind))
     return found
 

@@ -267,8 +267,10 @@ def _kind(character: str) -> str:
         return "space"
     if 0xAC00 <= code <= 0xD7A3:
         return "hangul"
-    if 0x3131 <= code <= 0x318E or 0x1100 <= code <= 0x11FF:
+    if 0x3131 <= code <= 0x3163 or 0x1100 <= code <= 0x11FF:
         return "jamo"
+    if character == "ㆍ":  # a letter of old Korean, written as a middle dot
+        return "punctuation"
     if category == "Co" or character == "\ufffd":
         return "broken"
     if 0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0xF900 <= code <= 0xFAFF:

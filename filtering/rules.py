@@ -43,6 +43,7 @@ _SENTENCE_ENDS = (
     "ㅠ",
     "ㅜ",
 )
+_SENTENCE_END = re.compile("[다요죠까네음함임됨오라자지][.!?]")
 # Bounded, so that a page of opening brackets takes linear time.
 _TAG = re.compile(r"</?[A-Za-z!][^<>\n]{0,200}>|&[a-z]{2,6};|&#\d{2,5};")
 _CODE_ENDS = ("{", "}", ";", "=>", "->", "\\")
@@ -167,12 +168,14 @@ def ellipsis_lines(document: PreparedDocument) -> float:
 
 
 def sentence_lines(document: PreparedDocument) -> float:
-    """Lines that end as a sentence or a clause does, weighted by length: lists and tables have few.
+    """Lines that end as a sentence or a clause does, or hold the end of one: lists and tables have few.
 
-    After the terminal punctuation of C4 (arXiv 1910.10683), with the Korean endings that stand without it.
+    After the terminal punctuation of C4 (arXiv 1910.10683), with the Korean endings that stand without it. A text of
+    fewer than five lines is judged as if the missing ones were sentences.
     """
-    ending = sum(len(line) for line in document.lines if line.endswith(_SENTENCE_ENDS))
-    return ending / max(sum(map(len, document.lines)), 1)
+    lines = document.lines
+    ending = sum(line.endswith(_SENTENCE_ENDS) or _SENTENCE_END.search(line) is not None for line in lines)
+    return (ending + max(5 - len(lines), 0)) / max(len(lines), 5)
 
 
 def duplicate_lines(document: PreparedDocument) -> float:
