@@ -88,14 +88,18 @@ def _is_rrn(matched: str, before: str, after: str) -> bool:
     """A date of birth, and a digit of sex and century that fits it; foreigners have 5 to 8 (no checksum since 2020)."""
     digits = _digits(matched)
     year, month, day, century = int(digits[:2]), int(digits[2:4]), int(digits[4:6]), digits[6]
-    if not (1 <= month <= 12 and 1 <= day <= 31) or (century in "3478" and year > _LATEST_YEAR):
+    if not (1 <= month <= 12 and 1 <= day <= 31):
         return False
+    if matched.endswith("*"):
+        return True
+    if century in "3478" and year > _LATEST_YEAR:
+        return False
+    closest = _closest(before, _RRN, _OTHER_NUMBER, _BANK)
     if not _plain(matched):
-        return _closest(before, _RRN, _OTHER_NUMBER) is not _OTHER_NUMBER
-    if _AMOUNT.match(after):
-        return False
-    closest = _closest(before, _RRN, _OTHER_NUMBER)
-    return closest is _RRN or (closest is None and not (century in "12" and year < 20))
+        return closest is not _OTHER_NUMBER
+    # Without a separator any number of 13 digits may look like one.
+    likely = closest is None and not (century in "12" and year < 20) and not _AMOUNT.match(after)
+    return closest is _RRN or likely
 
 
 def _is_phone(matched: str, before: str, after: str) -> bool:
@@ -134,12 +138,7 @@ def _is_ip(matched: str, before: str, after: str) -> bool:
 
 def _is_account(matched: str, before: str, after: str) -> bool:
     """Ten to fourteen digits beside the name of a bank or a word for payments."""
-    digits = _digits(matched)
-    if (
-        not 10 <= len(digits) <= 14
-        or _AMOUNT.match(after)
-        or (_plain(matched) and digits.startswith("20") and len(digits) == 12)
-    ):
+    if not 10 <= len(_digits(matched)) <= 14 or _AMOUNT.match(after):
         return False
     closest = _closest(before, _BANK, _OTHER_NUMBER)
     return closest is _BANK or (closest is None and _AFTER_BANK.match(after) is not None)

@@ -48,8 +48,9 @@ _SENTENCE_END = re.compile("[다요죠까네음함임됨오라자지][.!?]")
 _TAG = re.compile(r"</?[A-Za-z!][^<>\n]{0,200}>|&[a-z]{2,6};|&#\d{2,5};")
 _CODE_ENDS = ("{", "}", ";", "=>", "->", "\\")
 _CODE_STARTS = re.compile(
-    r"(?:#include|import |from \w|def |class |public |private |static |return\b|function |"
-    r"var |let |const |if ?\(|for ?\(|while ?\(|else\b|try\b|\}|</?\w|\$ |>>> |\w[\w.]{0,60} ?[-+*/]?= ?\S)"
+    r"#include|import |from \w|(?:def|class|public|private|static|return|function|var|let|const|else|try) ?\b"
+    r"|(?:if|for|while|elif|with|except|switch) ?(?:\(|[^\n]{1,150}:(?: |$))|print\(|</?[a-z]|\$ |>>> "
+    r"|[A-Za-z_][\w.\[\]]{0,60} ?[-+*/:]?= ?\S|[a-z_][\w.]{0,60}\([^()\n]{0,100}\)$"
 )
 
 
@@ -288,10 +289,10 @@ _RULES = (
     Rule("korean_ratio", "language", "Hangul syllables among non-space characters", korean_ratio, minimum=0.25),
     Rule("foreign_ratio", "language", "letters of other scripts among letters", foreign_ratio, maximum=0.15),
     Rule("jamo_ratio", "language", "single jamo among Hangul", jamo_ratio, maximum=0.2),
-    Rule("grammar_ratio", "grammar", "Hangul words that end in a particle or verb ending", grammar_ratio, minimum=0.25),
-    Rule("sentence_lines", "grammar", "characters in lines that end as sentences do", sentence_lines, minimum=0.1),
+    Rule("grammar_ratio", "grammar", "Hangul words that end in a particle or verb ending", grammar_ratio, minimum=0.2),
+    Rule("sentence_lines", "grammar", "characters in lines that end as sentences do", sentence_lines, minimum=0.05),
     Rule("eojeol_length", "eojeol", "mean characters of a whitespace-separated word", eojeol_length, 2.0, 10.0),
-    Rule("long_eojeol", "eojeol", "characters in words of more than 30 characters", long_eojeol, maximum=0.3),
+    Rule("long_eojeol", "eojeol", "characters in words of more than 30 characters", long_eojeol, maximum=0.4),
     Rule("symbol_ratio", "symbols", "symbols among non-space characters", symbol_ratio, maximum=0.1),
     Rule("digit_ratio", "symbols", "digits among non-space characters", digit_ratio, maximum=0.25),
     Rule("broken_ratio", "symbols", "undecodable characters among non-space characters", broken_ratio, maximum=0.001),
@@ -312,7 +313,7 @@ _RULES = (
         "repetition",
         "repeated 24-character windows without spaces",
         duplicate_windows,
-        maximum=0.5,
+        maximum=0.3,
     ),
     Rule(
         "boilerplate_lines", "boilerplate", "characters in lines of menus and footers", boilerplate_lines, maximum=0.3

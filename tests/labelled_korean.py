@@ -1,7 +1,7 @@
 """A labelled set of Korean documents, good and bad of every kind, made from templates written for these tests.
 
 Every document is drawn with a seed, so that a set is the same everywhere. Good documents are of many genres, among them
-such as rules easily take for bad: news about gambling, health advice, chat, recipes with lists, text with English terms.
+such as rules easily take for bad: news about gambling, health advice, chat, recipes with lists, text with English.
 """
 
 import random
@@ -252,12 +252,53 @@ def good_documents(count: int, seed: int) -> list[Labelled]:
     return [Labelled(prose(rng, genres[n % len(genres)]), genres[n % len(genres)], True) for n in range(count)]
 
 
-MENU_WORDS = (
-    "로그인 회원가입 장바구니 마이페이지 고객센터 공지사항 이벤트 자주묻는질문 회사소개 이용약관 개인정보처리방침 사이트맵 배송조회 "
-    "상품문의 베스트 신상품 여성의류 남성의류 가전 식품 도서 화장품 스포츠 유아동 반려동물 여행 쿠폰 랭킹 브랜드관 매장안내 채용정보"
-).split()
-GOODS = "운동화 청바지 원피스 머그컵 텀블러 이어폰 가습기 쿠션 담요 수납장 책상 의자 조명 커튼 러그 접시 냄비 우산 배낭 모자".split()
-COLOURS = "블랙 화이트 네이비 베이지 그레이 카키 와인 민트 옐로우 핑크".split()
+MENU_WORDS = [
+    *(
+        "로그인",
+        "회원가입",
+        "장바구니",
+        "마이페이지",
+        "고객센터",
+        "공지사항",
+        "이벤트",
+        "자주묻는질문",
+        "회사소개",
+        "이용약관",
+    ),
+    *(
+        "개인정보처리방침",
+        "사이트맵",
+        "배송조회",
+        "상품문의",
+        "베스트",
+        "신상품",
+        "여성의류",
+        "남성의류",
+        "가전",
+        "식품",
+        "도서",
+    ),
+    *("화장품", "스포츠", "유아동", "반려동물", "여행", "쿠폰", "랭킹", "브랜드관", "매장안내", "채용정보"),
+]
+GOODS = [
+    *(
+        "운동화",
+        "청바지",
+        "원피스",
+        "머그컵",
+        "텀블러",
+        "이어폰",
+        "가습기",
+        "쿠션",
+        "담요",
+        "수납장",
+        "책상",
+        "의자",
+        "조명",
+    ),
+    *("커튼", "러그", "접시", "냄비", "우산", "배낭", "모자"),
+]
+COLOURS = ["블랙", "화이트", "네이비", "베이지", "그레이", "카키", "와인", "민트", "옐로우", "핑크"]
 ENGLISH = [
     "The old harbour was quiet that evening and only a few boats returned before the storm arrived.",
     "She opened the letter slowly because she already knew what her brother would have written.",
@@ -283,7 +324,7 @@ def menu(rng: random.Random) -> str:
 def gambling(rng: random.Random) -> str:
     """An advertisement of gambling sites, sometimes with a sentence of prose around it."""
     parts = [
-        f"{rng.choice(CITIES)} 카지노사이트 추천 가입코드 {rng.randint(1000, 9999)} 신규 꽁머니 {rng.randint(1, 9)}만 지급",
+        f"{rng.choice(CITIES)} 카지노사이트 추천 가입코드 {rng.randint(1000, 9999)} 꽁머니 {rng.randint(1, 9)}만 지급",
         "먹튀검증 완료 안전놀이터 메이저사이트 토토사이트 순위",
         "바카라사이트 슬롯사이트 파워볼게임 실시간 배팅 첫충 30% 매충 10%",
         "우리카지노 에볼루션카지노 무제재 입플 롤링 콤프 지급합니다",
@@ -388,7 +429,8 @@ def broken(rng: random.Random) -> str:
 def html(rng: random.Random) -> str:
     """The source of a page."""
     rows = "".join(
-        f'<tr class="row{n}"><td width="120">{rng.choice(GOODS)}</td><td><a href="/shop/view.php?no={n}">{rng.choice(CITIES)} '
+        f'<tr class="row{n}"><td width="120">{rng.choice(GOODS)}</td><td><a href="/shop/view.php?no={n}">'
+        f"{rng.choice(CITIES)} "
         "매장에서 보기</a></td></tr>"
         for n in range(rng.randint(5, 12))
     )
@@ -407,7 +449,8 @@ def ornaments(rng: random.Random) -> str:
 def table(rng: random.Random) -> str:
     """A table of numbers."""
     return "\n".join(
-        f"{rng.choice(GOODS)} {rng.randint(1000, 99999)} {rng.randint(10, 999)} {rng.randint(100000, 9999999)} {rng.randint(0, 99)}.{rng.randint(10, 99)}"
+        f"{rng.choice(GOODS)} {rng.randint(1000, 99999)} {rng.randint(10, 999)} {rng.randint(100000, 9999999)} "
+        f"{rng.randint(0, 99)}.{rng.randint(10, 99)}"
         for _ in range(rng.randint(8, 20))
     )
 
@@ -448,12 +491,18 @@ def bullets(rng: random.Random) -> str:
 def error_page(rng: random.Random) -> str:
     """A page without content."""
     pages = [
-        "페이지를 찾을 수 없습니다.\n요청하신 페이지가 삭제되었거나 주소가 변경되었습니다.\n입력하신 주소를 다시 확인해 주세요.\n이용에 불편을 드려 죄송합니다.",
-        "등록된 게시물이 없습니다.\n검색 결과가 없습니다. 다른 검색어를 입력해 보세요.\n처음으로 돌아가기를 누르면 첫 화면으로 이동합니다.",
-        "이 사이트는 자바스크립트를 사용할 수 없는 환경에서는 정상적으로 표시되지 않습니다.\n브라우저를 업데이트하거나 자바스크립트를 활성화한 뒤에 다시 시도해 주세요.",
-        "안녕하세요 {이름} 고객님, [상품명] 상품을 주문해 주셔서 감사합니다.\n{이름} 고객님의 [상품명] 상품은 곧 발송될 예정입니다.\n[업체명] 드림",
-        "홈페이지 점검 중입니다. 보다 나은 서비스를 위하여 준비 중입니다.\n로그인 후 이용하실 수 있는 화면입니다. 권한이 필요합니다.",
-        "여기에 내용을 입력하세요. 본문 내용이 들어갑니다. 텍스트를 입력하세요.\nLorem ipsum dolor sit amet 샘플 텍스트입니다. 이 글은 예시입니다.",
+        "페이지를 찾을 수 없습니다.\n요청하신 페이지가 삭제되었거나 주소가 변경되었습니다."
+        "\n입력하신 주소를 다시 확인해 주세요.\n이용에 불편을 드려 죄송합니다.",
+        "등록된 게시물이 없습니다.\n검색 결과가 없습니다. 다른 검색어를 입력해 보세요."
+        "\n처음으로 돌아가기를 누르면 첫 화면으로 이동합니다.",
+        "이 사이트는 자바스크립트를 사용할 수 없는 환경에서는 정상적으로 표시되지 않습니다."
+        "\n브라우저를 업데이트하거나 자바스크립트를 활성화한 뒤에 다시 시도해 주세요.",
+        "안녕하세요 {이름} 고객님, [상품명] 상품을 주문해 주셔서 감사합니다."
+        "\n{이름} 고객님의 [상품명] 상품은 곧 발송될 예정입니다.\n[업체명] 드림",
+        "홈페이지 점검 중입니다. 보다 나은 서비스를 위하여 준비 중입니다."
+        "\n로그인 후 이용하실 수 있는 화면입니다. 권한이 필요합니다.",
+        "여기에 내용을 입력하세요. 본문 내용이 들어갑니다. 텍스트를 입력하세요."
+        "\nLorem ipsum dolor sit amet 샘플 텍스트입니다. 이 글은 예시입니다.",
     ]
     return rng.choice(pages) + rng.choice(
         ["", "\n확인", "\n닫기", "\n이전 화면으로", "\n다시 시도", "\n문의는 게시판에 남겨 주세요."]
@@ -501,7 +550,8 @@ def chat(rng: random.Random) -> str:
 def catalogue(rng: random.Random) -> str:
     """A page of goods with prices."""
     return "\n".join(
-        f"{rng.choice(COLOURS)} {rng.choice(GOODS)} {rng.choice(COLOURS)} {rng.choice(GOODS)} 세트 무료배송 {rng.randint(10, 99)},900원"
+        f"{rng.choice(COLOURS)} {rng.choice(GOODS)} {rng.choice(COLOURS)} {rng.choice(GOODS)} 세트 "
+        f"무료배송 {rng.randint(10, 99)},900원"
         for _ in range(rng.randint(10, 16))
     )
 
@@ -523,7 +573,8 @@ def code(rng: random.Random) -> str:
     return (
         f"# {rng.choice(GOODS)} 목록을 읽어서 합계를 계산하는 함수이다\ndef read_{name}(path):\n    {name} = 0\n"
         f"    for line in open(path):  # 한 줄씩 읽는다\n        {name} += int(line.split(',')[{rng.randint(0, 5)}])\n"
-        f"    return {name}  # 결과를 돌려준다\n\nif __name__ == '__main__':\n    print('합계는 다음과 같습니다', read_{name}('자료.csv'))"
+        f"    return {name}  # 결과를 돌려준다\n\nif __name__ == '__main__':\n"
+        f"    print('합계는 다음과 같습니다', read_{name}('자료.csv'))"
     )
 
 
