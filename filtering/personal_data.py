@@ -14,8 +14,11 @@ _DASH = "[-–—‐‑−－]"
 _BETWEEN = "[-–—‐‑−－.· ]"
 
 _STRETCH = re.compile(r"[0-9０-９+(][0-9０-９+() .\-–—‐‑−－·*]{6,}")
+_LETTER = re.compile("[A-Za-z가-힣☎]")
 _WORD = re.compile("[A-Za-z_]")
-_NO_DIGIT = re.compile(r"[^0-9０-９]")
+_NO_DIGIT = re.compile("[^0-9０-９]")
+_HALF_WIDTH = str.maketrans("０１２３４５６７８９", "0123456789")
+_DOUBLED = str.maketrans("0123456789", "0246813579")  # twice a digit, its digits added up
 _START = rf"(?<!{_DIGIT})(?<!{_DIGIT}[-–—‐‑−－.])"
 _END = rf"(?!{_DIGIT})(?![-–—‐‑−－.]{_DIGIT})"
 _GAP = rf"(?: ?{_BETWEEN} ?|)"
@@ -52,19 +55,17 @@ _ADDRESS = re.compile(
     r"(?:,? ?(?:[가-힣A-Za-z0-9]{1,15} ?)?[0-9]{1,4}동)?(?:,? ?[0-9]{1,4}층)?(?:,? ?[0-9]{1,5}호)?(?![0-9,.]?[0-9])"
 )
 
-# Words before a number that say what it is; the one that ends closest to it decides.
-_BANK = re.compile(
-    r"계좌|예금주|입금|송금|통장|은행|뱅크|국민|신한|농협|새마을|우체국|수협|신협|씨티|토스|카카오|KB|NH|IBK|SC|KEB"
-    r"|(?:우리|하나|기업|산업|제일)[ :)]{0,3}$"
-)
-_CARD = re.compile(r"카드|[Cc]ard|CARD|비자|마스터|VISA")
-_RRN = re.compile(r"주민|등록번호|외국인|민번")
-_PHONE = re.compile(r"전화|연락|휴대|핸드폰|폰|팩스|F(?:AX|ax)|[Tt]el|TEL|☎|문의|T\.|HP|H\.P")
-_OTHER_NUMBER = re.compile(
-    r"(?:주문|운송장|송장|접수|관리|상품|제품|품목|모델|일련|사건|문서|예약|승인|거래|사업자|법인|상표|특허|출원|허가|신고"
-    r"|우편|참조|청구|고지|회원|수험|발급|증권|도서|자산|추적|택배|배송|티켓|쿠폰|인증|시리얼|계약|견적|물품|면허|공고|의안)"
+# Words before a number that say what it is; the one that stands closest to it decides.
+_CONTEXT = re.compile(
+    r"(?P<other>(?:주문|운송장|송장|접수|관리|상품|제품|품목|모델|일련|사건|문서|예약|승인|거래|사업자|법인|상표|특허|출원|허가"
+    r"|신고|우편|참조|청구|고지|회원|수험|발급|증권|도서|자산|추적|택배|배송|티켓|쿠폰|인증|시리얼|계약|견적|물품|면허|공고|의안)"
     r" ?(?:등록)?(?:번호|코드|No|no)|학번|사번|바코드|ISBN|isbn|ISSN|버전|[Vv]ersion|조회수"
-    r"|타임스탬프|timestamp|좌표|위도|경도"
+    r"|타임스탬프|timestamp|좌표|위도|경도)"
+    r"|(?P<rrn>주민|등록번호|외국인|민번)"
+    r"|(?P<card>카드|[Cc]ard|CARD|비자|마스터|VISA)"
+    r"|(?P<bank>계좌|예금주|입금|송금|통장|은행|뱅크|국민|신한|농협|새마을|우체국|수협|신협|씨티|토스|카카오|KB|NH|IBK|SC|KEB"
+    r"|(?:우리|하나|기업|산업|제일)[ :)]{0,3}$)"
+    r"|(?P<phone>전화|연락|휴대|핸드폰|폰|팩스|F(?:AX|ax)|[Tt]el|TEL|☎|문의|T\.|HP|H\.P)"
 )
 _AMOUNT = re.compile(r" ?(?:원|달러|엔|유로|위안|만 ?원|억|%|km|kg)| ?[건명개회](?![가-힣])")
 _AFTER_BANK = re.compile(
@@ -77,7 +78,7 @@ _LATEST_YEAR = 30
 
 
 def _digits(text: str) -> str:
-    return "".join(str(int(character)) for character in text if character.isdigit())
+    return _NO_DIGIT.sub("", text).translate(_HALF_WIDTH)
 
 
 def _plain(matched: str) -> bool:
@@ -94,54 +95,55 @@ def _is_rrn(matched: str, before: str, after: str) -> bool:
         return True
     if century in "3478" and year > _LATEST_YEAR:
         return False
-    closest = _closest(before, _RRN, _OTHER_NUMBER, _BANK)
+    closest = _closest(before, "rrn", "other", "bank")
     if not _plain(matched):
-        return closest is not _OTHER_NUMBER
+        return closest != "other"
     # Without a separator any number of 13 digits may look like one.
     likely = closest is None and not (century in "12" and year < 20) and not _AMOUNT.match(after)
-    return closest is _RRN or likely
+    return closest == "rrn" or likely
 
 
 def _is_phone(matched: str, before: str, after: str) -> bool:
     """Numbering plan of Korea; numbers of companies (15xx-xxxx) are no personal data."""
     digits = _digits(matched)
     if digits.startswith(("82", "0082")) and not matched.startswith("+") and _plain(matched):
-        return _closest(before, _PHONE, _OTHER_NUMBER) is _PHONE
+        return _closest(before, "phone", "other") == "phone"
     if _plain(matched):
         if not 9 <= len(digits) <= 12 or _AMOUNT.match(after):
             return False
-        return _closest(before, _PHONE, _OTHER_NUMBER) is not _OTHER_NUMBER
-    return digits.startswith(("01", "82")) or _closest(before, _PHONE, _OTHER_NUMBER) is not _OTHER_NUMBER
+        return _closest(before, "phone", "other") != "other"
+    return digits.startswith(("01", "82")) or _closest(before, "phone", "other") != "other"
 
 
 def _is_card(matched: str, before: str, after: str) -> bool:
     """Luhn's checksum and a known issuer, or four groups of four after a word that speaks of cards."""
     digits = _digits(matched)
-    closest = _closest(before, _CARD, _OTHER_NUMBER)
-    if closest is _OTHER_NUMBER:
+    closest = _closest(before, "card", "other")
+    if closest == "other":
         return False
     issuer = digits[0] in "4569" or digits[:2] in ("34", "35", "36", "37", "38") or 2221 <= int(digits[:4]) <= 2720
-    if closest is _CARD and digits[0] in "234569":
+    if closest == "card" and digits[0] in "234569":
         return True
-    doubled = (int(digit) * (2 - (len(digits) - place) % 2) for place, digit in enumerate(digits, start=0))
-    return issuer and sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
+    return issuer and sum(map(int, digits[-1::-2] + digits[-2::-2].translate(_DOUBLED))) % 10 == 0
 
 
 def _is_ip(matched: str, before: str, after: str) -> bool:
     """Four bytes that are no version number and no private or local address."""
     parts = [int(part) for part in matched.split(".")]
-    local = parts[0] in (0, 10, 127, 255) or parts[:2] in ([192, 168], [169, 254]) or parts == [parts[0]] * 4
-    private = parts[0] == 172 and 16 <= parts[1] <= 31
-    version = max(parts) < 32 or before[-1:] in ("v", "V") or _closest(before, _OTHER_NUMBER, _BANK) is _OTHER_NUMBER
-    return max(parts) <= 255 and not (local or private or version)
+    if max(parts) > 255 or max(parts) < 32 or before[-1:] in ("v", "V"):
+        return False
+    local = parts[0] in (0, 10, 127, 255) or parts[:2] in ([192, 168], [169, 254])
+    if local or (parts[0] == 172 and 16 <= parts[1] <= 31):
+        return False
+    return _closest(before, "other") is None
 
 
 def _is_account(matched: str, before: str, after: str) -> bool:
     """Ten to fourteen digits beside the name of a bank or a word for payments."""
     if not 10 <= len(_digits(matched)) <= 14 or _AMOUNT.match(after):
         return False
-    closest = _closest(before, _BANK, _OTHER_NUMBER)
-    return closest is _BANK or (closest is None and _AFTER_BANK.match(after) is not None)
+    closest = _closest(before, "bank", "other")
+    return closest == "bank" or (closest is None and _AFTER_BANK.match(after) is not None)
 
 
 # In order of precedence: what one kind takes, the later ones leave alone.
@@ -206,11 +208,12 @@ def _found(text: str, kinds: Collection[str]) -> list[tuple[int, int, str]]:
     return found
 
 
-def _closest(before: str, *patterns: re.Pattern[str]) -> re.Pattern[str] | None:
-    """Which pattern ends closest to the number, among those that occur in the text before it."""
-    best, where = None, -1
-    for pattern in patterns:
-        for match in pattern.finditer(before):
-            if match.end() > where:
-                best, where = pattern, match.end()
-    return best
+def _closest(before: str, *groups: str) -> str | None:
+    """Which of these groups of `_CONTEXT` has the word that stands closest to the number."""
+    closest = None
+    if not _LETTER.search(before):
+        return None
+    for match in _CONTEXT.finditer(before):
+        if match.lastgroup in groups:
+            closest = match.lastgroup
+    return closest
