@@ -7,7 +7,7 @@ takes stretches of digits and separators out of the text, so that its time is li
 
 import bisect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 _DIGIT = "[0-9０-９]"
 _DASH = "[-–—‐‑−－]"
@@ -38,12 +38,11 @@ _IP_NUMBER = re.compile(rf"{_START}(?:[0-9]{{1,3}}\.){{3}}[0-9]{{1,3}}{_END}")
 _ACCOUNT_NUMBER = re.compile(
     rf"{_START}(?:{_DIGIT}{{10,14}}|{_DIGIT}{{2,6}}({_DASH}|[. ]){_DIGIT}{{1,8}}(?:\1{_DIGIT}{{1,8}}){{0,3}}){_END}"
 )
-_EMAIL_CHARACTER = "[A-Za-z0-9._%+-]"
-_EMAIL = re.compile(
-    rf"{_EMAIL_CHARACTER}(?<!{_EMAIL_CHARACTER}{{2}}){_EMAIL_CHARACTER}{{0,63}} ?"
-    r"(?:@|＠|\(at\)|\[at\]|\(골뱅이\)|골뱅이) ?(?:[A-Za-z0-9-]{1,63}(?:\.| ?\(dot\) ?| ?\[dot\] ?)){1,5}[A-Za-z]{2,10}"
-)
+# E-mail is found by its sign, since every Latin word may be the start of one.
+_EMAIL_SIGN = re.compile(r" ?(?:@|＠|\(at\)|\[at\]|\(골뱅이\)|골뱅이) ?")
 _EMAIL_SIGNS = ("@", "＠", "at)", "at]", "골뱅이")
+_EMAIL_DOMAIN = re.compile(r"(?:[A-Za-z0-9-]{1,63}(?:\.| ?\(dot\) ?| ?\[dot\] ?)){1,5}[A-Za-z]{2,10}")
+_EMAIL_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._%+-"
 _REGION = (
     "(?:서울|부산|대구|인천|광주|대전|울산|세종|경기|강원|제주|충북|충남|전북|전남|경북|경남"
     "|충청[북남]|전라[북남]|경상[북남])"
@@ -184,7 +183,7 @@ def mask_personal_data(text: str, kinds: Collection[str] = DEFAULT_KINDS) -> tup
 def _found(text: str, kinds: Collection[str]) -> list[tuple[int, int, str]]:
     found: list[tuple[int, int, str]] = []
     if "email" in kinds and any(sign in text for sign in _EMAIL_SIGNS):
-        found += [(*match.span(), "email") for match in _EMAIL.finditer(text)]
+        found += _emails(text)
     if "address" in kinds:
         found += [(*match.span(), "address") for match in _ADDRESS.finditer(text)]
         found.sort()
@@ -206,6 +205,18 @@ def _found(text: str, kinds: Collection[str]) -> list[tuple[int, int, str]]:
                 if is_personal(match[0], text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]):
                     found.insert(place, (start, end, kind))
     return found
+
+
+def _emails(text: str) -> Iterator[tuple[int, int, str]]:
+    done = 0
+    for sign in _EMAIL_SIGN.finditer(text):
+        domain = _EMAIL_DOMAIN.match(text, sign.end()) if sign.start() >= done else None
+        if domain is not None:
+            head = text[max(done, sign.start() - 64) : sign.start()]
+            local = len(head) - len(head.rstrip(_EMAIL_CHARACTERS))
+            if local:
+                done = domain.end()
+                yield sign.start() - local, done, "email"
 
 
 def _closest(before: str, *groups: str) -> str | None:
