@@ -8,6 +8,7 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
+from .explain import Explanation, Verdict, explain_document, explain_file
 from .measure import Measured, MeasureOptions, measure_document, measure_documents
 from .normalize import content_id, normalize_text, repair_mojibake
 from .pipeline import FilterConfig, filter_corpus
@@ -21,6 +22,7 @@ __all__ = [
     "CorpusError",
     "Document",
     "Example",
+    "Explanation",
     "FilterConfig",
     "FilterSummary",
     "MeasureOptions",
@@ -30,7 +32,10 @@ __all__ = [
     "RuleSummary",
     "SourceSummary",
     "Threshold",
+    "Verdict",
     "content_id",
+    "explain_document",
+    "explain_file",
     "filter_corpus",
     "find_inputs",
     "measure_document",

@@ -155,6 +155,7 @@ _NUMBERS: dict[str, tuple[re.Pattern[str], Callable[[str, str, str], bool]]] = {
 }
 KINDS = (*_NUMBERS, "email", "address")
 """Kinds of personal data; every one has a placeholder <|KIND|>."""
+PLACEHOLDER = re.compile(rf"<\|(?:{'|'.join(KINDS)})\|>")
 DEFAULT_KINDS = tuple(kind for kind in KINDS if kind != "address")
 """What is masked unless the user says otherwise: addresses also stand in news and on maps."""
 

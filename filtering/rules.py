@@ -14,6 +14,7 @@ from types import MappingProxyType
 import msgspec
 
 from .errors import CorpusError
+from .personal_data import PLACEHOLDER
 from .prepare import PreparedDocument
 
 _BULLETS = ("- ", "* ", "+ ", "•", "‣", "▪", "▶", "►", "■", "□", "◆", "◇", "○", "●", "◎", "※", "☞", "·", "ㆍ")
@@ -138,10 +139,11 @@ def long_eojeol(document: PreparedDocument) -> float:
 def symbol_ratio(document: PreparedDocument) -> float:
     """Symbols among the characters that are not white space.
 
-    Symbols are Unicode categories S and P without the punctuation of ordinary prose. After Gopher (arXiv 2112.11446,
-    table A1) and dps, which count symbols by word.
+    Symbols are Unicode categories S and P without the punctuation of ordinary prose and without those of placeholders
+    for personal data. After Gopher (arXiv 2112.11446, table A1) and dps, which count symbols by word.
     """
-    return document.counts["symbol"] / max(document.non_space, 1)
+    placeholders = len(PLACEHOLDER.findall(document.text)) if "<|" in document.text else 0
+    return max(document.counts["symbol"] - 4 * placeholders, 0) / max(document.non_space, 1)
 
 
 def digit_ratio(document: PreparedDocument) -> float:
