@@ -220,8 +220,8 @@ def boilerplate_lines(document: PreparedDocument) -> float:
 
 
 def template_lines(document: PreparedDocument) -> float:
-    """Characters in lines that hold a phrase of pages without content: errors, empty boards, unfilled templates."""
-    return _lines_with(document, "template", 0.0)
+    """Characters in lines of which phrases of pages without content (errors, empty boards, templates) make a tenth."""
+    return _lines_with(document, "template", 0.1)
 
 
 def markup_ratio(document: PreparedDocument) -> float:
@@ -321,7 +321,7 @@ _RULES = (
         "repetition",
         "repeated 24-character windows without spaces",
         duplicate_windows,
-        maximum=0.3,
+        maximum=0.32,
     ),
     Rule(
         "boilerplate_lines", "boilerplate", "characters in lines of menus and footers", boilerplate_lines, maximum=0.3
