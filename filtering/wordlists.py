@@ -14,7 +14,10 @@ LISTS = (
     *("gambling", "gambling_weak", "adult", "adult_weak", "advertising", "boilerplate", "template", "hate"),
     "misread",  # U+FFFD in UTF-8, read as CP949
 )
-"""Names of the lists; a word that stands in two counts for the first."""
+"""Names of the lists."""
+
+FOLDER = Path(__file__).with_name("words")
+"""Holds NAME.txt for every list, one word or phrase a line; no word stands in two."""
 
 
 def find_listed(text: str) -> dict[str, list[tuple[int, int]]]:
@@ -35,10 +38,6 @@ def _automaton() -> tuple[Any, list[str]]:
         import ahocorasick_rs
     except ImportError as error:
         raise CorpusError('the rules need ahocorasick_rs: pip install "redwhale[filtering]"') from error
-    folder = Path(__file__).with_name("words")
-    list_of: dict[str, str] = {}
-    for name in LISTS:
-        for word in (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines():
-            list_of.setdefault(word, name)
+    list_of = {word: name for name in LISTS for word in (FOLDER / f"{name}.txt").read_text("utf-8").splitlines()}
     automaton = ahocorasick_rs.AhoCorasick(list(list_of), matchkind=ahocorasick_rs.MatchKind.LeftmostLongest)
     return automaton, list(list_of.values())
