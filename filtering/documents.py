@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from .compression import damaged, open_decompressed
+from .encodings import decode_strictly
 from .errors import CorpusError
 from .web import WebPage, decode_page, extract_text, read_responses
 
@@ -19,7 +20,6 @@ SUFFIXES = (
 )
 
 _PARQUET_ROWS_PER_BATCH = 512
-_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yields the documents of one .jsonl, .parquet, .txt, .html (one document) or .warc file as a stream.
 
-    All but parquet and HTML may be compressed (.gz, .zst). Bytes are decoded as strict UTF-8, then as CP949. A record
+    All but parquet and HTML may be compressed (.gz, .zst). Bytes are decoded by `decode_strictly`. A record
     without an id gets `FILE NAME:RECORD NUMBER`, a page its address, and one without a source the file name without its
     suffix. Of pages the main text is taken, and where `html` is true also of the texts of the other formats. Every
     record that holds no text goes to `on_broken`.
@@ -172,7 +172,7 @@ def decode_batch(batch: RecordBatch, *, html: bool = False) -> tuple[list[Docume
         try:
             if suffix == ".parquet":
                 text, identifier, source = record
-                text = decode_text(text) if isinstance(text, bytes) else text
+                text = _decoded(text) if isinstance(text, bytes) else text
             elif suffix.startswith(".jsonl"):
                 if not record.strip():
                     continue
@@ -182,7 +182,7 @@ def decode_batch(batch: RecordBatch, *, html: bool = False) -> tuple[list[Docume
             elif suffix.startswith(".htm"):
                 text, identifier, source = extract_text(decode_page(record)), None, None
             else:
-                text, identifier, source = decode_text(record), None, None
+                text, identifier, source = _decoded(record), None, None
             if html and text and not suffix.startswith((".warc", ".htm")):
                 text = extract_text(text)
             if not text or text.isspace():
@@ -204,22 +204,15 @@ class _Unreadable(Exception):
     pass
 
 
-def decode_text(data: bytes) -> str:
-    """Decodes strict UTF-8 (a byte-order mark is dropped), else CP949.
-
-    Strict UTF-8 never accepts Korean CP949 text of useful length, so the order decides without a detector.
-    """
-    data = data.removeprefix(_UTF8_BOM)
-    for encoding in ("utf-8", "cp949"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise _Unreadable("the bytes are neither UTF-8 nor CP949")
+def _decoded(data: bytes) -> str:
+    text = decode_strictly(data)
+    if text is None:
+        raise _Unreadable("the bytes are neither UTF-8 nor CP949")
+    return text
 
 
 def _parse_json(line: bytes) -> tuple[str, Any, Any]:
-    text = decode_text(line)
+    text = _decoded(line)
     try:
         record = _decode_json(text)
     except msgspec.ValidationError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .compression import damaged
+from .encodings import decode_strictly
 from .errors import CorpusError
 
 _NEEDS = 'reading {} needs {}: pip install "redwhale[web]"'
@@ -78,15 +79,13 @@ def _page(record: Any, path: Path) -> WebPage:
 
 
 def decode_page(data: bytes, charset: str | None = None) -> str:
-    """Decodes HTML as strict UTF-8, else as strict CP949, else as the page declares, with U+FFFD for what is broken.
+    """Decodes HTML by `decode_strictly`, else as the page declares, with U+FFFD for what is broken.
 
     Declared encodings are the last resort, since Korean pages often declare another than they have.
     """
-    for encoding in ("utf-8", "cp949"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
+    text = decode_strictly(data)
+    if text is not None:
+        return text
     declared = (charset or _declared(data) or "utf-8").lower().replace("_", "-")
     # EUC-KR pages use the characters that only its superset CP949 has.
     if declared in ("euc-kr", "ks-c-5601-1987", "ksc5601", "x-windows-949", "ms949"):
