@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[recipe], help="every step that is configured and out of date")
     run.set_defaults(command=_run, only=None, force=False)
     for name, text in _STEP_HELP.items():
-        step = commands.add_parser(name, parents=[recipe], help=text)
+        step = commands.add_parser(name, parents=[common if name == "filter" else recipe], help=text)
+        if name == "filter":
+            _add_explain(step)
         step.add_argument("--force", action="store_true", help="redo the step even if it is up to date")
         if name in ("train", "sft"):
             step.add_argument(
@@ -135,7 +137,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_explain(step: argparse.ArgumentParser) -> None:
+    step.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="optional with --explain")
+    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as filter.workers=4")
+    step.add_argument("--explain", type=Path, metavar="FILE", help="print all scores of one document, filter nothing")
+    step.add_argument("--id", metavar="ID", help="of the document to explain; the file's first by default")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from ..filtering import FilterConfig, explain_file
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe is not None else None
+    config = (recipe and recipe.filter) or FilterConfig(inputs=[str(options.explain)])
+    print(explain_file(options.explain, config.measure_options(), identifier=options.id, html=config.html))
+
+
 def _run(options: argparse.Namespace) -> None:
+    if getattr(options, "explain", None) is not None:
+        _explain(options)
+        return
+    if options.recipe is None:
+        from ..filtering import CorpusError
+
+        raise CorpusError("filter needs a recipe, or --explain FILE to print the scores of one document")
     from .pipeline import run_recipe, table
     from .recipe import load_recipe
 

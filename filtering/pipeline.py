@@ -9,9 +9,10 @@ import msgspec
 
 from .documents import BrokenRecord, RecordBatch, decode_batch, find_inputs, read_batches, suffix_of
 from .errors import CorpusError
-from .normalize import content_id, normalize_text, repair_mojibake
-from .prepare import prepare
-from .rules import RULES, Threshold, passes, resolve_thresholds
+from .measure import MeasureOptions, measure_documents
+from .normalize import content_id
+from .personal_data import DEFAULT_KINDS
+from .rules import RULES, Threshold
 from .summary import FilterSummary, ScoredDocument, Tally, snippet
 from .workers import available_cores, ordered_map
 from .writer import SplitWriter, remove_old_outputs
@@ -25,9 +26,11 @@ _BATCH_BYTES = 1 << 20
 class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to filter and how; raises CorpusError for a value out of range and for an unknown rule."""
 
-    inputs: list[str]  # files, folders and globs: .jsonl, .txt (also .gz, .zst) and .parquet
+    inputs: list[str]  # files, folders and globs, see docs/filtering.md for their formats
     workers: int = 0  # processes that filter; 0 takes every core; the result is the same for any number
     validation_fraction: float = 0.01  # share of the kept documents that is held out, chosen by their content
+    html: bool = False  # the texts of JSON lines, parquet and text files are HTML too
+    mask: tuple[str, ...] = DEFAULT_KINDS  # kinds of personal data that placeholders replace
     thresholds: dict[str, Threshold] = {}  # changes to the rules, by rule name
     documents_per_file: int = 100_000  # documents in each parquet file
     examples_per_rule: int = 3  # dropped documents that the summary shows for each rule
@@ -41,7 +44,11 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise CorpusError(f"documents_per_file must be at least 1, not {self.documents_per_file}")
         if self.examples_per_rule < 0:
             raise CorpusError(f"examples_per_rule must be at least 0, not {self.examples_per_rule}")
-        resolve_thresholds(self.thresholds)
+        self.measure_options()
+
+    def measure_options(self) -> MeasureOptions:
+        """How every document is measured."""
+        return MeasureOptions(thresholds=self.thresholds, mask=self.mask)
 
 
 def filter_corpus(
@@ -71,11 +78,12 @@ def filter_corpus(
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_old_outputs(output_dir)
 
-    thresholds = list(resolve_thresholds(config.thresholds).values())
-    tally = Tally(tuple(RULES.values()), thresholds, config.examples_per_rule)
+    options = config.measure_options()
+    tally = Tally(tuple(RULES.values()), list(options.resolved.values()), config.examples_per_rule)
     validation_below = int(config.validation_fraction * 2**64)
     seen: set[int] = set()
-    results = ordered_map(partial(score_batch, thresholds=thresholds), _batches(paths), _worker_count(config, paths))
+    score = partial(score_batch, options=options, html=config.html)
+    results = ordered_map(score, _batches(paths), _worker_count(config, paths))
     with (
         closing(results),
         SplitWriter(output_dir, "train", config.documents_per_file) as train,
@@ -101,34 +109,26 @@ def filter_corpus(
 
 
 def score_batch(
-    batch: RecordBatch, *, thresholds: list[Threshold]
+    batch: RecordBatch, *, options: MeasureOptions, html: bool = False
 ) -> tuple[list[ScoredDocument], list[BrokenRecord], int]:
     """Returns the batch's documents with their scores, its broken records, and its file bytes."""
-    documents, broken = decode_batch(batch)
-    scored = []
-    for document in documents:
-        repaired = repair_mojibake(document.text)
-        text = normalize_text(repaired)
-        prepared = prepare(text)
-        scores = [rule.score(prepared) for rule in RULES.values()]
-        failed = [
-            index
-            for index, (score, threshold) in enumerate(zip(scores, thresholds, strict=True))
-            if not passes(score, threshold)
-        ]
-        scored.append(
-            ScoredDocument(
-                id=normalize_text(document.id),
-                source=normalize_text(document.source),
-                text=snippet(text) if failed else text,
-                bytes_in=len(document.text.encode("utf-8", "surrogatepass")),
-                bytes_out=len(text.encode("utf-8")),
-                content_id=content_id(text),
-                scores=scores,
-                failed=failed,
-                repaired=repaired is not document.text,
-            )
+    documents, broken = decode_batch(batch, html=html)
+    places = {name: index for index, name in enumerate(RULES)}
+    scored = [
+        ScoredDocument(
+            id=measured.id,
+            source=measured.source,
+            text=snippet(measured.text) if measured.failed else measured.text,
+            bytes_in=measured.original_bytes,
+            bytes_out=len(measured.text.encode("utf-8")),
+            content_id=content_id(measured.text),
+            scores=list(measured.scores.values()),
+            failed=[places[name] for name in measured.failed],
+            repaired=measured.repaired,
+            masked=measured.masked,
         )
+        for measured in measure_documents(documents, options)
+    ]
     return scored, broken, batch.file_bytes
 
 

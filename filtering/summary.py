@@ -60,6 +60,7 @@ class FilterSummary(msgspec.Struct, kw_only=True):
     validation_bytes: int = 0
     bytes_normalized: int = 0  # what normalisation took from the kept documents
     repaired_encodings: int = 0  # documents whose Korean had been read in the wrong encoding
+    masked: dict[str, int] = {}  # placeholders in the kept documents, by kind of personal data
     broken_records: int = 0  # records that hold no readable document; not in documents_in
     broken_examples: list[str] = []  # the first few, as FILE:RECORD: REASON
     rules: list[RuleSummary] = []  # in order; exact_duplicate is the last
@@ -78,6 +79,7 @@ class ScoredDocument(msgspec.Struct, array_like=True):
     scores: list[float]
     failed: list[int]
     repaired: bool
+    masked: dict[str, int]
 
 
 def snippet(text: str, characters: int = 160) -> str:
@@ -135,6 +137,8 @@ class Tally:
             counts.documents_out += kept
             counts.bytes_out += kept * document.bytes_out
         summary.repaired_encodings += document.repaired
+        for kind, count in document.masked.items() if kept else ():
+            summary.masked[kind] = summary.masked.get(kind, 0) + count
         summary.bytes_normalized += kept * (document.bytes_in - document.bytes_out)
         if validation:
             summary.validation_documents += kept

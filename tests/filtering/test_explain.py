@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +87,21 @@ def test_placeholders_are_no_symbols_to_the_rules():
     measured = measure_document(Document("a", contacts, "b"), MeasureOptions())
     assert measured.masked == {"phone": 3, "email": 1}
     assert measured.scores["symbol_ratio"] == 0
+
+
+def test_the_command_explains_a_file_with_and_without_a_recipe(tmp_path):
+    def command(*arguments):
+        line = [sys.executable, "-m", "redwhale.engine.cli", "filter", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    (tmp_path / "a.txt").write_text(MENU, encoding="utf-8")
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+    shown = command("--explain", tmp_path / "a.txt")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "dropped by grammar_ratio" in shown.stdout
+    overridden = command(recipe, "--explain", tmp_path / "a.txt", "filter.thresholds.grammar_ratio.enabled=false")
+    assert (overridden.returncode, overridden.stderr) == (0, "")
+    assert "dropped by grammar_ratio" not in overridden.stdout
+    nothing = command()
+    assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1)
+    assert "filter needs a recipe, or --explain FILE" in nothing.stderr

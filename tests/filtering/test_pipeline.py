@@ -334,14 +334,13 @@ def test_bad_settings_are_refused_with_the_value(settings, message):
         msgspec.convert({"inputs": ["x"], **settings}, FilterConfig)
 
 
-def test_the_package_imports_and_filters_rules_with_core_dependencies_only():
+def test_the_package_imports_with_core_dependencies_only():
     script = """
 import sys
-for name in ("torch", "pyarrow", "zstandard", "duckdb"):
+for name in ("torch", "pyarrow", "zstandard", "ahocorasick_rs", "fastwarc", "resiliparse"):
     sys.modules[name] = None
 import redwhale.filtering as filtering
-document = filtering.prepare(filtering.normalize_text("고래는 바다에 산다."))
-print(len([rule.score(document) for rule in filtering.RULES.values()]))
+print(len(filtering.RULES))
 loaded = {name.partition(".")[0] for name in sys.modules}
 print(sorted(loaded & {"torch", "pyarrow", "zstandard", "tokenizers", "transformers"}, key=str))
 """
@@ -350,6 +349,32 @@ print(sorted(loaded & {"torch", "pyarrow", "zstandard", "tokenizers", "transform
     assert int(count) == len(RULES)
     # Blocked names stay in sys.modules as None; nothing else may have come in.
     assert loaded == "['pyarrow', 'torch', 'zstandard']"
+
+
+def test_personal_data_is_masked_in_what_is_kept_and_counted(tmp_path):
+    text = korean(random.Random(5)) + " 문의는 010-1234-5678이나 whale@naver.com으로 하면 된다."
+    spam = "카지노사이트 추천 꽁머니 먹튀검증 가입코드 안전놀이터 010-9876-5432로 문의하면 바로 지급해 드립니다."
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in (text, spam)))
+    config = FilterConfig(inputs=[str(tmp_path / "a.jsonl")], validation_fraction=0)
+    summary = filter_corpus(config, tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "train")
+    assert row["text"].endswith("문의는 <|phone|>이나 <|email|>으로 하면 된다.")
+    assert summary.masked == {"phone": 1, "email": 1}
+    unmasked = FilterConfig(inputs=config.inputs, validation_fraction=0, mask=())
+    assert filter_corpus(unmasked, tmp_path / "plain").masked == {}
+    assert rows(tmp_path / "plain", "train")[0]["text"] == normalize_text(text)
+
+
+def test_html_texts_are_extracted_on_request(tmp_path):
+    text = korean(random.Random(6))
+    page = f"<html><body><nav><a href='/'>로그인</a></nav><article><h1>고래</h1><p>{text}</p></article></body></html>"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": page}))
+    config = FilterConfig(inputs=[str(tmp_path / "a.jsonl")], validation_fraction=0, html=True)
+    filter_corpus(config, tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "train")
+    assert text in row["text"]
+    assert "로그인" not in row["text"]
+    assert "<" not in row["text"]
 
 
 def test_writing_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
