@@ -30,9 +30,9 @@ from redwhale.filtering import (
 from redwhale.filtering.personal_data import mask_personal_data
 
 
-def sample(path: Path, megabytes: float) -> list[Document]:
+def sample(path: Path, megabytes: float, html: bool) -> list[Document]:
     """Documents of a file, chosen by content, of about so many megabytes."""
-    documents = sorted(read_documents(path), key=lambda document: content_id(normalize_text(document.text)))
+    documents = sorted(read_documents(path, html=html), key=lambda document: content_id(normalize_text(document.text)))
     chosen, size = [], 0.0
     for document in documents:
         if size >= megabytes * 1e6:
@@ -130,18 +130,19 @@ def main() -> None:
     arguments = parser(__doc__, "filter_rules")
     arguments.add_argument("inputs", nargs="+", type=Path, help="files and folders of real Korean text")
     arguments.add_argument("--unseen", nargs="*", type=Path, default=[], help="text that no threshold was chosen on")
+    arguments.add_argument("--html", nargs="*", type=Path, default=[], help="files whose texts are HTML, to extract")
     arguments.add_argument("--megabytes", type=float, default=3, help="of each file (default: %(default)s)")
     given = arguments.parse_args()
 
     began = time.perf_counter()
     sources: dict[str, dict[str, Any]] = {}
     everything: list[Document] = []
-    for unseen, inputs in ((False, given.inputs), (True, given.unseen)):
+    for kind, inputs in (("", given.inputs), ("unseen ", given.unseen), ("main text of ", given.html)):
         for path in find_inputs([str(one) for one in inputs]) if inputs else []:
-            documents = sample(path, given.megabytes)
-            name = ("unseen " if unseen else "") + path.name.split(".jsonl")[0]
+            documents = sample(path, given.megabytes, html=inputs is given.html)
+            name = kind + path.name.split(".jsonl")[0]
             sources[name] = described(measure_documents(documents, MeasureOptions()))
-            everything += documents
+            everything += documents if inputs is given.inputs else []
             print(f"{name:24s} {sources[name]['documents']:6d} documents, {sources[name]['dropped']:.1%} dropped")
     print(f"{time.perf_counter() - began:.0f} s")
     set_results = labelled()
@@ -154,7 +155,7 @@ def main() -> None:
         given.result,
         __file__,
         {"speed": speeds, "labelled": set_results, "sources": sources},
-        data=[*given.inputs, *given.unseen],
+        data=[*given.inputs, *given.unseen, *given.html],
     )
 
 

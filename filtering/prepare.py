@@ -88,11 +88,8 @@ def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
     spaced[1:-1] = kinds == _SPACE
     edges = np.flatnonzero(spaced[1:] != spaced[:-1])
     starts, ends = edges[::2], edges[1::2]
-    words = _Words(starts, ends, document_of, len(texts))
-    mixed = tables.mixed.take(codes)
-    hashes = _hash_spans(mixed, starts, ends)
-    top = {n: words.top(hashes, n) for n in (2, 3)}
-    repeated = {n: words.repeated(hashes, n) for n in (5,)}
+    words = _Words(ends - starts, document_of[starts], tables.mixed.take(codes[~spaced[1:-1]]), len(texts))
+    top, repeated = words.ngrams()
 
     hangul = kinds == _HANGUL
     last = hangul.copy()
@@ -100,7 +97,7 @@ def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
     last = np.flatnonzero(last)
     endings = np.bincount(document_of[last], minlength=len(texts)).tolist()
     grammatical = np.bincount(document_of[last[tables.grammatical[codes[last]]]], minlength=len(texts)).tolist()
-    windows, repeated_windows = words.windows(mixed[~spaced[1:-1]])
+    windows, repeated_windows = words.windows()
 
     prepared = []
     for index, text in enumerate(texts):
@@ -127,68 +124,95 @@ def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
 
 
 class _Words:
-    """The eojeol of a batch: where they are, and which n-grams of them repeat within a document."""
+    """The eojeol of a batch, in order: which n-grams of them, and which stretches of characters, repeat in a document.
 
-    def __init__(self, starts: np.ndarray, ends: np.ndarray, document_of: np.ndarray, documents: int):
-        self._lengths = ends - starts
-        self._document = document_of[starts] if len(starts) else np.zeros(0, dtype=np.int64)
+    `lengths` and `document` are of each eojeol, `characters` the well-mixed bits of all their characters.
+    """
+
+    def __init__(self, lengths: np.ndarray, document: np.ndarray, characters: np.ndarray, documents: int):
+        self._lengths = lengths
+        self._document = document
         self._documents = documents
-        self.per_document: list[int] = np.bincount(self._document, minlength=documents).tolist()
-        self.long: list[int] = self._characters(self._lengths > LONG_EOJEOL)
+        self._first = np.cumsum(lengths) - lengths
+        powers, self._inverses = _powers(max(1 << 18, 1 << len(characters).bit_length()))
+        self._sums = np.zeros(len(characters) + 1, dtype=np.uint64)
+        np.cumsum(characters * powers[: len(characters)], out=self._sums[1:])
+        self._hashes = self._hash(self._first, self._first + lengths)
+        self.per_document: list[int] = np.bincount(document, minlength=documents).tolist()
+        self.long: list[int] = self._characters(lengths > LONG_EOJEOL)
 
-    def top(self, hashes: np.ndarray, n: int) -> list[int]:
-        """Characters under the n-gram with the most characters in all, where it occurs twice; the first wins a tie."""
-        grams = self._grams(hashes, n)
-        where, group, first, count = _groups(grams)
-        length_sums = np.concatenate(([0], np.cumsum(self._lengths)))
-        starts = where[first]
-        weight = count * (length_sums[starts + n] - length_sums[starts])
-        several = np.flatnonzero(count > 1)
-        document = self._document[starts[several]]
-        best = several[np.lexsort((starts[several], -weight[several], document))]
-        best = best[np.unique(self._document[starts[best]], return_index=True)[1]]
-        chosen = np.zeros(len(first), dtype=bool)
-        chosen[best] = True
-        return self._covered(where[chosen[group]], n)
+    def ngrams(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Characters under the top bigram and trigram, and under 5-grams that occurred earlier, by n and document."""
+        pairs = self._groups(2, np.ones(max(len(self._lengths) - 1, 0), dtype=bool))
+        # An n-gram can repeat only where all shorter ones in it do, which few do.
+        repeating = self._repeating(pairs)
+        triples = self._groups(3, repeating[:-1] & repeating[1:])
+        repeating = self._repeating(triples)
+        fives = self._groups(5, repeating[:-2] & repeating[1:-1] & repeating[2:])
+        later = np.ones(len(fives.where), dtype=bool)
+        later[fives.first] = False
+        return {2: self._top(pairs), 3: self._top(triples)}, {5: self._covered(fives.where[later], 5)}
 
-    def repeated(self, hashes: np.ndarray, n: int) -> list[int]:
-        """Characters under n-grams that occurred earlier in the document."""
-        where, _, first, _ = _groups(self._grams(hashes, n))
-        later = np.ones(len(where), dtype=bool)
-        later[first] = False
-        return self._covered(where[later], n)
-
-    def windows(self, characters: np.ndarray) -> tuple[list[int], list[int]]:
+    def windows(self) -> tuple[list[int], list[int]]:
         """Windows of `WINDOW` characters without white space in each document, and those that occurred earlier in it.
 
         They begin at the first character of an eojeol, and at every one of a long eojeol from the tenth on.
         """
-        first = np.cumsum(self._lengths) - self._lengths
         inside = np.maximum(self._lengths - 9, 0)
-        inner = np.repeat(first + 9 - (np.cumsum(inside) - inside), inside) + np.arange(inside.sum())
-        where = np.concatenate((first, inner))
+        inner = np.repeat(self._first + 9 - (np.cumsum(inside) - inside), inside) + np.arange(inside.sum())
+        where = np.concatenate((self._first, inner))
         document = np.concatenate((self._document, np.repeat(self._document, inside)))
-        document_ends = np.cumsum(np.bincount(self._document, self._lengths, minlength=self._documents)).astype(
-            np.int64
-        )
-        fits = where + WINDOW <= document_ends[document]
+        sizes = np.bincount(self._document, self._lengths, minlength=self._documents)
+        fits = where + WINDOW <= np.cumsum(sizes).astype(np.int64)[document]
         where, document = where[fits], document[fits]
         # The document in the high bits and the hash below: one sort finds the repeats of all documents.
-        hashes = _hash_spans(characters, where, where + WINDOW) >> np.uint64(_DOCUMENT_BITS)
+        hashes = self._hash(where, where + WINDOW) >> np.uint64(_DOCUMENT_BITS)
         hashes |= document.astype(np.uint64) << np.uint64(64 - _DOCUMENT_BITS)
         hashes.sort()
         repeated = hashes[1:][hashes[1:] == hashes[:-1]] >> np.uint64(64 - _DOCUMENT_BITS)
         total = np.bincount(document, minlength=self._documents)
         return total.tolist(), np.bincount(repeated.astype(np.intp), minlength=self._documents).tolist()
 
-    def _grams(self, hashes: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where an n-gram lies within one document, and its hash, which the document is part of."""
-        length = max(len(hashes) - n + 1, 0)
-        where = np.flatnonzero(self._document[:length] == self._document[len(hashes) - length :])
-        grams = self._document[where].astype(np.uint64) * _MULTIPLIERS[0]
+    def _hash(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Polynomial hashes modulo 2^64 of spans [start, end) of characters, wherever they lie."""
+        return (self._sums[ends] - self._sums[starts]) * self._inverses[starts]
+
+    def _groups(self, n: int, candidates: np.ndarray) -> "_Groups":
+        """Groups equal n-grams of one document among those that begin at a candidate (bool of each n-gram)."""
+        length = max(len(self._lengths) - n + 1, 0)
+        same = self._document[:length] == self._document[len(self._lengths) - length :]
+        where = np.flatnonzero(candidates[:length] & same)
+        hashes = self._document[where].astype(np.uint64) * _MULTIPLIERS[0]
         for offset in range(n):
-            grams = (grams + hashes[where + offset]) * _MULTIPLIERS[1]
-        return where, grams
+            hashes = (hashes + self._hashes[where + offset]) * _MULTIPLIERS[1]
+        if not len(where):
+            return _Groups(n, where, where, where, where)
+        order = np.argsort(hashes)
+        ordered = hashes[order]
+        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+        count = np.diff(starts, append=len(order))
+        group = np.empty(len(order), dtype=np.int64)
+        group[order] = np.repeat(np.arange(len(starts)), count)
+        return _Groups(n, where, group, np.minimum.reduceat(order, starts), count)
+
+    def _repeating(self, grams: "_Groups") -> np.ndarray:
+        """Whether the n-gram that begins at each eojeol occurs twice in its document; as long as there are n-grams."""
+        repeating = np.zeros(max(len(self._lengths) - grams.n + 1, 0), dtype=bool)
+        repeating[grams.where[grams.count[grams.group] > 1]] = True
+        return repeating
+
+    def _top(self, grams: "_Groups") -> list[int]:
+        """Characters under the n-gram with the most characters in all, where it occurs twice; the first wins a tie."""
+        several = np.flatnonzero(grams.count > 1)
+        starts = grams.where[grams.first[several]]
+        length_sums = np.concatenate((self._first, [len(self._sums) - 1]))
+        weight = grams.count[several] * (length_sums[starts + grams.n] - length_sums[starts])
+        document = self._document[starts]
+        order = np.lexsort((starts, -weight, document))
+        best = order[np.unique(document[order], return_index=True)[1]]
+        chosen = np.zeros(len(grams.count), dtype=bool)
+        chosen[several[best]] = True
+        return self._covered(grams.where[chosen[grams.group]], grams.n)
 
     def _covered(self, positions: np.ndarray, n: int) -> list[int]:
         steps = np.zeros(len(self._lengths) + 1, dtype=np.int64)
@@ -201,31 +225,15 @@ class _Words:
         return np.bincount(self._document[chosen], weights, minlength=self._documents).astype(np.int64).tolist()
 
 
-def _groups(grams: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Groups equal hashes.
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Equal n-grams: where each begins, its group, and of each group the index in `where` of the first, and the count."""
 
-    Returns `where` as given, the group of each entry of it, and of each group the index in `where` of its first
-    occurrence and its number of occurrences.
-    """
-    where, hashes = grams
-    if not len(where):
-        none = np.zeros(0, dtype=np.int64)
-        return where, none, none, none
-    order = np.argsort(hashes)
-    ordered = hashes[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    count = np.diff(starts, append=len(order))
-    group = np.empty(len(order), dtype=np.int64)
-    group[order] = np.repeat(np.arange(len(starts)), count)
-    return where, group, np.minimum.reduceat(order, starts), count
-
-
-def _hash_spans(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Polynomial hashes modulo 2^64 of the spans [start, end) of `values` (uint64), wherever they lie."""
-    powers, inverses = _powers(max(1 << 18, 1 << len(values).bit_length()))
-    sums = np.zeros(len(values) + 1, dtype=np.uint64)
-    np.cumsum(values * powers[: len(values)], out=sums[1:])
-    return (sums[ends] - sums[starts]) * inverses[starts]
+    n: int
+    where: np.ndarray
+    group: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
 
 
 @functools.lru_cache(maxsize=4)
