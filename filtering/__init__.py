@@ -6,12 +6,13 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 (`pip install "redwhale[filtering]"`).
 """
 
+from .config import DuplicateConfig, FilterConfig
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
 from .explain import Explanation, Verdict, explain_document, explain_file
 from .measure import Measured, MeasureOptions, measure_document, measure_documents
 from .normalize import content_id, normalize_text, repair_mojibake
-from .pipeline import FilterConfig, filter_corpus
+from .pipeline import filter_corpus
 from .prepare import PreparedDocument, prepare, prepare_batch
 from .rules import RULES, Rule, Threshold, passes, resolve_thresholds
 from .summary import Example, FilterSummary, RuleSummary, SourceSummary
@@ -21,6 +22,7 @@ __all__ = [
     "BrokenRecord",
     "CorpusError",
     "Document",
+    "DuplicateConfig",
     "Example",
     "Explanation",
     "FilterConfig",

@@ -1,71 +1,64 @@
 """From raw files to a normalised, filtered, deduplicated and explained corpus in parquet files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from .documents import BrokenRecord, RecordBatch, decode_batch, find_inputs, read_batches, suffix_of
+from .config import FilterConfig
+from .documents import find_inputs, suffix_of
+from .duplicates import duplicates_of_shard, find_duplicates
 from .errors import CorpusError
-from .measure import MeasureOptions, measure_documents
-from .normalize import content_id
-from .personal_data import DEFAULT_KINDS
-from .rules import RULES, Threshold
-from .summary import FilterSummary, ScoredDocument, Tally, snippet
-from .workers import available_cores, ordered_map
+from .frequent_lines import FrequentLines, count_lines, without_frequent_lines
+from .report import write_report
+from .rules import RULES
+from .summary import (
+    CORPUS_RULES,
+    EXACT_DUPLICATE,
+    FREQUENT_LINES,
+    NEAR_DUPLICATE,
+    FilterSummary,
+    ScoredDocument,
+    Tally,
+    empty_summary,
+    snippet,
+)
+from .work import Unit, WorkFolder, cut_into_units, measure_shard, missing_shards, scored_documents, write_atomically
+from .workers import Mapper, available_cores, ordered_map
 from .writer import SplitWriter, remove_old_outputs
 
 # Starting a spawned worker takes about as long as filtering a few megabytes of text.
 _WORKERS_PAY_FROM_BYTES = 16 << 20
 _USUAL_COMPRESSION_RATIO = 4
-_BATCH_BYTES = 1 << 20
-
-
-class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to filter and how; raises CorpusError for a value out of range and for an unknown rule."""
-
-    inputs: list[str]  # files, folders and globs, see docs/filtering.md for their formats
-    workers: int = 0  # processes that filter; 0 takes every core; the result is the same for any number
-    validation_fraction: float = 0.01  # share of the kept documents that is held out, chosen by their content
-    html: bool = False  # the texts of JSON lines, parquet and text files are HTML too
-    mask: tuple[str, ...] = DEFAULT_KINDS  # kinds of personal data that placeholders replace
-    thresholds: dict[str, Threshold] = {}  # changes to the rules, by rule name
-    documents_per_file: int = 100_000  # documents in each parquet file
-    examples_per_rule: int = 3  # dropped documents that the summary shows for each rule
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise CorpusError(f"workers must be 0 (every core) or more, not {self.workers}")
-        if not 0 <= self.validation_fraction < 1:
-            raise CorpusError(f"validation_fraction must be at least 0 and below 1, not {self.validation_fraction}")
-        if self.documents_per_file < 1:
-            raise CorpusError(f"documents_per_file must be at least 1, not {self.documents_per_file}")
-        if self.examples_per_rule < 0:
-            raise CorpusError(f"examples_per_rule must be at least 0, not {self.examples_per_rule}")
-        self.measure_options()
-
-    def measure_options(self) -> MeasureOptions:
-        """How every document is measured."""
-        return MeasureOptions(thresholds=self.thresholds, mask=self.mask)
+_PLACES = {name: len(RULES) + place for place, name in enumerate(CORPUS_RULES)}
 
 
 def filter_corpus(
-    config: FilterConfig, output_dir: Path, *, progress: Callable[[int], None] | None = None
+    config: FilterConfig,
+    output_dir: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> FilterSummary:
-    """Filters `config.inputs` into `train-00000.parquet`, `validation-00000.parquet`, ... and `summary.json`.
+    """Filters `config.inputs` into `train-00000.parquet`, `validation-00000.parquet`, ..., summary.json, report.html.
 
-    Every document is normalised and scored by every rule; those that pass all rules and repeat no earlier text are
-    kept, in input order. A text goes to validation when its content id lies below that fraction of 2^64, so that the
-    choice depends on nothing else. All files are byte-identical for any number of workers; each is renamed into place
-    when complete, summary.json last. Outputs of an earlier run in the folder are removed first.
+    Every document is normalised and scored by every rule; those that pass all rules and repeat no other are kept, in
+    input order, without their boilerplate lines. A text goes to validation when its content id lies below that fraction
+    of 2^64, so that the choice depends on nothing else. All files are byte-identical for any number of workers, shard
+    size and engine; each is renamed into place when complete, summary.json last. Outputs of an earlier run in the
+    folder are removed first.
 
-    The set of content ids is held in memory: about 100 bytes a distinct document.
+    What is in memory does not grow with the input: three shards a worker and the `memory_gb` of the joins, and a byte
+    for each document that passes the rules. The folder `work`, deleted at the end, takes the text that passes the
+    rules and some 200 bytes a document. A run that was stopped goes on with the shards that it had not measured yet.
 
     Args:
         output_dir: made when missing; must not hold the inputs.
-        progress: called with the bytes of input files consumed since the last call; they sum to the files' sizes.
+        progress: called with the bytes of input files measured since the last call; they sum to the files' sizes.
+        say: called with a sentence when one of the parts begins that follow the measuring.
 
     Raises:
         CorpusError: no input, an unreadable or damaged file, a missing package, or nothing left after filtering.
@@ -75,66 +68,115 @@ def filter_corpus(
     for path in paths:
         if path.resolve().is_relative_to(output_dir.resolve()):
             raise CorpusError(f"input {str(path)!r} lies in the output folder {str(output_dir)!r}: write elsewhere")
+    folder = WorkFolder(output_dir.resolve() / "work")
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_old_outputs(output_dir)
+    folder.open(_fingerprint(config, paths))
+    workers = _worker_count(config, paths)
+    units = cut_into_units(paths, config.shard_mb << 20)
+    map_ = partial(ordered_map, workers=workers)
 
-    options = config.measure_options()
-    tally = Tally(tuple(RULES.values()), list(options.resolved.values()), config.examples_per_rule)
-    validation_below = int(config.validation_fraction * 2**64)
-    seen: set[int] = set()
-    score = partial(score_batch, options=options, html=config.html)
-    results = ordered_map(score, _batches(paths), _worker_count(config, paths))
-    with (
-        closing(results),
-        SplitWriter(output_dir, "train", config.documents_per_file) as train,
-        SplitWriter(output_dir, "validation", config.documents_per_file) as validation,
-    ):
-        for documents, broken, file_bytes in results:
-            for record in broken:
-                tally.add_broken(record)
-            for document in documents:
-                duplicate = document.content_id in seen
-                seen.add(document.content_id)
-                held_out = document.content_id < validation_below
-                if tally.add(document, duplicate=duplicate, validation=held_out):
-                    (validation if held_out else train).write(document)
-            if progress is not None:
-                progress(file_bytes)
-        summary = tally.finish()
-        _check_something_is_left(summary)
-    temporary = output_dir / "summary.json.tmp"
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
-    temporary.replace(output_dir / "summary.json")
+    _measure(config, folder, units, workers, progress or (lambda _: None))
+    names = [name for unit in units for name in folder.shards(unit.number)]
+    settings = {"memory_gb": config.memory_gb, "threads": workers}
+    say("looking for documents that repeat others")
+    find_duplicates(folder, config.duplicates.jaccard, map_=map_, **settings)
+    if config.duplicates.line_documents:
+        say("counting lines of many documents")
+        count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=map_)
+    say("writing what is kept")
+    summary = _write(config, folder, names, output_dir, map_)
+    write_atomically(output_dir / "report.html", write_report(summary).encode("utf-8"))
+    write_atomically(output_dir / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    folder.remove()
     return summary
 
 
-def score_batch(
-    batch: RecordBatch, *, options: MeasureOptions, html: bool = False
-) -> tuple[list[ScoredDocument], list[BrokenRecord], int]:
-    """Returns the batch's documents with their scores, its broken records, and its file bytes."""
-    documents, broken = decode_batch(batch, html=html)
-    places = {name: index for index, name in enumerate(RULES)}
-    scored = [
-        ScoredDocument(
-            id=measured.id,
-            source=measured.source,
-            text=snippet(measured.text) if measured.failed else measured.text,
-            bytes_in=measured.original_bytes,
-            bytes_out=len(measured.text.encode("utf-8")),
-            content_id=content_id(measured.text),
-            scores=list(measured.scores.values()),
-            failed=[places[name] for name in measured.failed],
-            repaired=measured.repaired,
-            masked=measured.masked,
-        )
-        for measured in measure_documents(documents, options)
-    ]
-    return scored, broken, batch.file_bytes
+def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tuple[Tally, list[ScoredDocument]]:
+    """Returns the counts of a measured shard, and its kept documents in order."""
+    options = config.measure_options()
+    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+    info = folder.info(name)
+    tally.add_broken(info.broken_records, info.broken_examples)
+    duplicates = duplicates_of_shard(folder, name)
+    frequent = FrequentLines.load(folder) if config.duplicates.line_documents else None
+    validation_below = int(config.validation_fraction * 2**64)
+    kept = []
+    documents = scored_documents(folder, name)
+    for row, document in enumerate(documents):
+        if row in duplicates:
+            document.failed.append(_PLACES[EXACT_DUPLICATE if duplicates[row] is None else NEAR_DUPLICATE])
+        if frequent is not None and not document.failed:
+            _take_lines(document, frequent, config)
+        if tally.add(document, validation=document.content_id < validation_below):
+            kept.append(document)
+    if documents:
+        tally.add_scores(np.array([document.scores for document in documents]))
+    return tally, kept
 
 
-def _batches(paths: list[Path]) -> Iterator[RecordBatch]:
-    for path in paths:
-        yield from read_batches(path, batch_bytes=_BATCH_BYTES)
+def _measure(
+    config: FilterConfig, folder: WorkFolder, units: list[Unit], workers: int, progress: Callable[[int], None]
+) -> None:
+    measure = partial(measure_shard, folder=folder, options=config.measure_options(), html=config.html)
+    shards = missing_shards(units, folder, config.shard_mb << 20, progress)
+    with closing(ordered_map(measure, shards, workers)) as done:
+        for file_bytes in done:
+            progress(file_bytes)
+
+
+def _write(config: FilterConfig, folder: WorkFolder, names: list[str], output_dir: Path, map_: Mapper) -> FilterSummary:
+    options = config.measure_options()
+    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+    validation_below = int(config.validation_fraction * 2**64)
+    with (
+        closing(map_(partial(finish_shard, folder=folder, config=config), names)) as results,
+        SplitWriter(output_dir, "train", config.documents_per_file) as train,
+        SplitWriter(output_dir, "validation", config.documents_per_file) as validation,
+    ):
+        for part, documents in results:
+            tally.merge(part)
+            for document in documents:
+                (validation if document.content_id < validation_below else train).write(document)
+        summary = tally.finish()
+        _check_something_is_left(summary)
+    return summary
+
+
+def _take_lines(document: ScoredDocument, frequent: FrequentLines, config: FilterConfig) -> None:
+    """Takes boilerplate lines out of a document, which fails when too little is left."""
+    text = without_frequent_lines(
+        document.text,
+        document.content_id,
+        frequent,
+        line_documents=config.duplicates.line_documents,
+        block_documents=config.duplicates.block_documents,
+    )
+    if text == document.text:
+        return
+    shortest = config.measure_options().resolved["length"].minimum
+    if not text or (shortest is not None and len(text) < shortest):
+        document.failed.append(_PLACES[FREQUENT_LINES])
+        document.text = snippet(document.text)
+        return
+    lines = [sum(map(bool, one.split("\n"))) for one in (document.text, text)]
+    size = len(text.encode("utf-8"))
+    document.lines_removed = lines[0] - lines[1]
+    document.bytes_of_lines = document.bytes_out - size
+    document.text, document.bytes_out = text, size
+
+
+def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
+    """What decides the contents of the work folder."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return {
+        "thresholds": config.measure_options().resolved,
+        "mask": sorted(config.mask),
+        "html": config.html,
+        "shard_mb": config.shard_mb,
+        "duplicates": config.duplicates,
+        "inputs": stats,
+    }
 
 
 def _worker_count(config: FilterConfig, paths: list[Path]) -> int:

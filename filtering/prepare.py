@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .hashing import MULTIPLIERS, TABLE_SIZE, character_codes, mixed_table, powers
 from .wordlists import find_listed
 
-_TABLE_SIZE = 0x20000
 _KINDS = (*("other", "space", "hangul", "jamo", "latin", "han", "foreign", "digit", "punctuation", "symbol", "broken"),)
 _SPACE, _HANGUL = _KINDS.index("space"), _KINDS.index("hangul")
 # Punctuation of ordinary Korean prose, beside which other punctuation (markup, code, ornaments) counts as a symbol.
@@ -74,9 +74,7 @@ def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
     if not texts:
         return []
     measured = [text[:_MEASURED_CHARACTERS] for text in texts]
-    codes = np.frombuffer("".join(text + "\n" for text in measured).encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    # Beyond the table lie rare CJK ideographs and nothing that a rule counts.
-    codes = np.minimum(codes, _TABLE_SIZE - 1).astype(np.intp)
+    codes = character_codes("".join(text + "\n" for text in measured))
     tables = _character_tables()
     sizes = np.fromiter(map(len, measured), dtype=np.int64, count=len(measured)) + 1
     document_of = np.repeat(np.arange(len(texts)), sizes)
@@ -88,7 +86,7 @@ def prepare_batch(texts: Sequence[str]) -> list[PreparedDocument]:
     spaced[1:-1] = kinds == _SPACE
     edges = np.flatnonzero(spaced[1:] != spaced[:-1])
     starts, ends = edges[::2], edges[1::2]
-    words = _Words(ends - starts, document_of[starts], tables.mixed.take(codes[~spaced[1:-1]]), len(texts))
+    words = _Words(ends - starts, document_of[starts], mixed_table().take(codes[~spaced[1:-1]]), len(texts))
     top, repeated = words.ngrams()
 
     hangul = kinds == _HANGUL
@@ -134,9 +132,9 @@ class _Words:
         self._document = document
         self._documents = documents
         self._first = np.cumsum(lengths) - lengths
-        powers, self._inverses = _powers(max(1 << 18, 1 << len(characters).bit_length()))
+        factors, self._inverses = powers(len(characters))
         self._sums = np.zeros(len(characters) + 1, dtype=np.uint64)
-        np.cumsum(characters * powers[: len(characters)], out=self._sums[1:])
+        np.cumsum(characters * factors[: len(characters)], out=self._sums[1:])
         self._hashes = self._hash(self._first, self._first + lengths)
         self.per_document: list[int] = np.bincount(document, minlength=documents).tolist()
         self.long: list[int] = self._characters(lengths > LONG_EOJEOL)
@@ -182,9 +180,9 @@ class _Words:
         length = max(len(self._lengths) - n + 1, 0)
         same = self._document[:length] == self._document[len(self._lengths) - length :]
         where = np.flatnonzero(candidates[:length] & same)
-        hashes = self._document[where].astype(np.uint64) * _MULTIPLIERS[0]
+        hashes = self._document[where].astype(np.uint64) * MULTIPLIERS[0]
         for offset in range(n):
-            hashes = (hashes + self._hashes[where + offset]) * _MULTIPLIERS[1]
+            hashes = (hashes + self._hashes[where + offset]) * MULTIPLIERS[1]
         if not len(where):
             return _Groups(n, where, where, where, where)
         order = np.argsort(hashes)
@@ -227,7 +225,7 @@ class _Words:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Equal n-grams: where each begins, its group, and of each group the index in `where` of the first, and the count."""
+    """Equal n-grams: where each begins, its group; of each group the index in `where` of the first, and the count."""
 
     n: int
     where: np.ndarray
@@ -236,36 +234,19 @@ class _Groups:
     count: np.ndarray
 
 
-@functools.lru_cache(maxsize=4)
-def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    base = int(_MULTIPLIERS[1])
-    factors = np.full(count, base, dtype=np.uint64)
-    inverse_factors = np.full(count, pow(base, -1, 2**64), dtype=np.uint64)
-    factors[0] = inverse_factors[0] = 1
-    return np.cumprod(factors), np.cumprod(inverse_factors)
-
-
 @dataclass(frozen=True, slots=True)
 class _Tables:
     kinds: np.ndarray
     grammatical: np.ndarray
-    mixed: np.ndarray
-
-
-_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 
 
 @functools.cache
 def _character_tables() -> _Tables:
-    """For every character below `_TABLE_SIZE` its kind, whether it is a grammatical ending, and 64 well-mixed bits."""
-    kinds = np.array([_KINDS.index(_kind(chr(code))) for code in range(_TABLE_SIZE)], dtype=np.uint8)
-    grammatical = np.zeros(_TABLE_SIZE, dtype=bool)
+    """For every character below `TABLE_SIZE` its kind, and whether it is a grammatical ending."""
+    kinds = np.array([_KINDS.index(_kind(chr(code))) for code in range(TABLE_SIZE)], dtype=np.uint8)
+    grammatical = np.zeros(TABLE_SIZE, dtype=bool)
     grammatical[[ord(syllable) for syllable in _GRAMMATICAL_ENDINGS]] = True
-    # The finaliser of SplitMix64.
-    mixed = np.arange(1, _TABLE_SIZE + 1, dtype=np.uint64) * _MULTIPLIERS[0]
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return _Tables(kinds, grammatical, mixed ^ (mixed >> np.uint64(31)))
+    return _Tables(kinds, grammatical)
 
 
 def _kind(character: str) -> str:

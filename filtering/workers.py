@@ -10,12 +10,18 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .errors import CorpusError
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
+
+
+class Mapper(Protocol):
+    """Yields `function(input)` for every input, in input order, wherever it is computed."""
+
+    def __call__(self, function: Callable[[Any], Any], inputs: Iterable[Any]) -> Generator[Any, None, None]: ...
 
 
 def available_cores() -> int:

@@ -13,7 +13,7 @@ from .summary import ScoredDocument
 # Row groups end where the documents say so, never where a batch ends: files depend on the kept documents alone.
 _ROW_GROUP_DOCUMENTS = 8192
 _ROW_GROUP_BYTES = 32 << 20
-_OUTPUT_NAME = re.compile(r"(train|validation)-\d{5,}\.parquet(\.tmp)?|summary\.json(\.tmp)?")
+_OUTPUT_NAME = re.compile(r"(train|validation)-\d{5,}\.parquet(\.tmp)?|(summary\.json|report\.html)(\.tmp)?")
 
 
 def remove_old_outputs(output_dir: Path) -> None:
