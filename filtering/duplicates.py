@@ -80,7 +80,7 @@ def connect(folder: WorkFolder, memory_gb: float, threads: int) -> Any:
 
 
 def duplicates_of_shard(folder: WorkFolder, name: str) -> dict[int, int | None]:
-    """Returns the rows of a shard that repeat another document: a near-duplicate with its position, others with None."""
+    """Returns the rows of a shard that repeat another document: near-duplicates with its position, others with None."""
     import pyarrow.parquet as pq
 
     first, beyond = positions_of(name)

@@ -8,6 +8,7 @@ an article that sixty sites copied has no frequent lines.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,58 +24,73 @@ SHORT = 10
 
 
 class FrequentLines:
-    """Hashes of lines (uint64, ascending) in at least `block_documents` documents, and in how many each is."""
+    """Lines in at least `block_documents` documents, and in how many each is; see `without` for what becomes of them.
 
-    def __init__(self, hashes: np.ndarray, documents: np.ndarray):
+    Args:
+        hashes: uint64, ascending.
+        documents: uint64, as many.
+    """
+
+    def __init__(self, hashes: np.ndarray, documents: np.ndarray, *, line_documents: int, block_documents: int):
         self._hashes = hashes
         self._documents = documents
+        self._line_documents = line_documents
+        self._block_documents = block_documents
 
     @classmethod
-    def load(cls, folder: WorkFolder) -> "FrequentLines":
+    def load(cls, folder: WorkFolder, *, line_documents: int, block_documents: int) -> "FrequentLines":
         """Maps what `count_lines` wrote."""
-        table = np.load(folder.path / "frequent_lines.npy", mmap_mode="r")
-        return cls(table[0], table[1])
+        hashes, documents = np.asarray(np.load(folder.path / "frequent_lines.npy", mmap_mode="r"))
+        return cls(hashes, documents, line_documents=line_documents, block_documents=block_documents)
 
     def documents(self, lines: Sequence[str]) -> np.ndarray:
         """In how many documents each line stands (int64); 0 for those that are not frequent."""
-        if not len(self._hashes):
+        if not len(self._hashes) or not lines:
             return np.zeros(len(lines), dtype=np.int64)
         hashes = np.array([line_hash(line) for line in lines], dtype=np.uint64)
         place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         return np.where(self._hashes[place] == hashes, self._documents[place], 0).astype(np.int64)
 
+    def without(self, texts: Sequence[str], content_ids: Sequence[int]) -> list[str]:
+        """Returns normalised texts without their boilerplate lines, and with no more than one blank line in a row.
+
+        A content id decides whether a document is among the about `line_documents` that keep a frequent line.
+        """
+        lines = [text.split("\n") for text in texts]
+        filled = [[place for place, line in enumerate(some) if line.strip()] for some in lines]
+        counts = self.documents([some[place] for some, places in zip(lines, filled, strict=True) for place in places])
+        ends = np.cumsum([0, *map(len, filled)])
+        of_texts = [counts[start:end] for start, end in itertools.pairwise(ends)]
+        return [
+            self._without(text, some, places, count, content)
+            for text, some, places, count, content in zip(texts, lines, filled, of_texts, content_ids, strict=True)
+        ]
+
+    def _without(self, text: str, lines: list[str], filled: list[int], counts: np.ndarray, content_id: int) -> str:
+        """One text; `counts` are those of the lines at the places `filled`, which are all that are not blank."""
+        often = counts >= self._block_documents
+        if not often.any():
+            return text
+        # The edge of the document counts as a frequent neighbour, where there is another.
+        edge = len(counts) > 1
+        before = np.concatenate(([edge], often[:-1]))
+        after = np.concatenate((often[1:], [edge]))
+        long = np.array([len(lines[place].strip()) >= SHORT for place in filled])
+        frequent = counts > self._line_documents
+        boilerplate = (often & before & after) | (frequent & (long | before | after))
+        stays = frequent & (content_id / 2**64 * counts < self._line_documents)
+        gone = {filled[place] for place in np.flatnonzero(boilerplate & ~stays)}
+        if not gone:
+            return text
+        kept = "\n".join(line for place, line in enumerate(lines) if place not in gone)
+        while "\n\n\n" in kept:
+            kept = kept.replace("\n\n\n", "\n\n")
+        return kept.strip()
+
 
 def line_hash(line: str) -> int:
     """Returns 64 bits of BLAKE2b of a line without the white space around it."""
     return int.from_bytes(hashlib.blake2b(line.strip().encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def without_frequent_lines(
-    text: str, content_id: int, frequent: FrequentLines, *, line_documents: int, block_documents: int
-) -> str:
-    """Returns a normalised text without its boilerplate lines, and with no more than one blank line in a row.
-
-    `content_id` decides in which `line_documents` of the documents with a frequent line that line stays.
-    """
-    lines = text.split("\n")
-    filled = [place for place, line in enumerate(lines) if line.strip()]
-    counts = frequent.documents([lines[place] for place in filled])
-    if not (counts >= block_documents).any():
-        return text
-    often = counts >= block_documents
-    # The edge of the document counts as a frequent neighbour, where there is another.
-    before = np.concatenate(([len(counts) > 1], often[:-1]))
-    after = np.concatenate((often[1:], [len(counts) > 1]))
-    size = np.array([len(lines[place].strip()) for place in filled])
-    boilerplate = often & before & after | (counts > line_documents) & ((size >= SHORT) | before | after)
-    stays = content_id / 2**64 * np.maximum(counts, 1) < line_documents
-    gone = {filled[place] for place in np.flatnonzero(boilerplate & ~(stays & (counts > line_documents)))}
-    if not gone:
-        return text
-    kept = "\n".join(line for place, line in enumerate(lines) if place not in gone)
-    while "\n\n\n" in kept:
-        kept = kept.replace("\n\n\n", "\n\n")
-    return kept.strip()
 
 
 def count_lines(folder: WorkFolder, names: Sequence[str], block_documents: int, *, settings: Any, map_: Mapper) -> None:

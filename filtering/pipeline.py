@@ -12,7 +12,7 @@ from .config import FilterConfig
 from .documents import find_inputs, suffix_of
 from .duplicates import duplicates_of_shard, find_duplicates
 from .errors import CorpusError
-from .frequent_lines import FrequentLines, count_lines, without_frequent_lines
+from .frequent_lines import FrequentLines, count_lines
 from .report import write_report
 from .rules import RULES
 from .summary import (
@@ -27,12 +27,13 @@ from .summary import (
     snippet,
 )
 from .work import Unit, WorkFolder, cut_into_units, measure_shard, missing_shards, scored_documents, write_atomically
-from .workers import Mapper, available_cores, ordered_map
+from .workers import Mapper, Workers, available_cores
 from .writer import SplitWriter, remove_old_outputs
 
 # Starting a spawned worker takes about as long as filtering a few megabytes of text.
 _WORKERS_PAY_FROM_BYTES = 16 << 20
 _USUAL_COMPRESSION_RATIO = 4
+MEGABYTE = 1 << 20
 _PLACES = {name: len(RULES) + place for place, name in enumerate(CORPUS_RULES)}
 
 
@@ -73,22 +74,22 @@ def filter_corpus(
     remove_old_outputs(output_dir)
     folder.open(_fingerprint(config, paths))
     workers = _worker_count(config, paths)
-    units = cut_into_units(paths, config.shard_mb << 20)
-    map_ = partial(ordered_map, workers=workers)
-
-    _measure(config, folder, units, workers, progress or (lambda _: None))
-    names = [name for unit in units for name in folder.shards(unit.number)]
+    units = cut_into_units(paths, config.shard_mb * MEGABYTE)
     settings = {"memory_gb": config.memory_gb, "threads": workers}
-    say("looking for documents that repeat others")
-    find_duplicates(folder, config.duplicates.jaccard, map_=map_, **settings)
-    if config.duplicates.line_documents:
-        say("counting lines of many documents")
-        count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=map_)
-    say("writing what is kept")
-    summary = _write(config, folder, names, output_dir, map_)
+    with Workers(workers) as pool:
+        _measure(config, folder, units, pool, progress or (lambda _: None))
+        names = [name for unit in units for name in folder.shards(unit.number)]
+        say("looking for documents that repeat others")
+        find_duplicates(folder, config.duplicates.jaccard, map_=pool.map, **settings)
+        if config.duplicates.line_documents:
+            say("counting lines of many documents")
+            count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=pool.map)
+        say("writing what is kept")
+        summary = _write(config, folder, names, output_dir, pool.map)
+    folder.remove()
+    _check_something_is_left(summary)
     write_atomically(output_dir / "report.html", write_report(summary).encode("utf-8"))
     write_atomically(output_dir / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
-    folder.remove()
     return summary
 
 
@@ -99,28 +100,24 @@ def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tupl
     info = folder.info(name)
     tally.add_broken(info.broken_records, info.broken_examples)
     duplicates = duplicates_of_shard(folder, name)
-    frequent = FrequentLines.load(folder) if config.duplicates.line_documents else None
-    validation_below = int(config.validation_fraction * 2**64)
-    kept = []
     documents = scored_documents(folder, name)
-    for row, document in enumerate(documents):
-        if row in duplicates:
-            document.failed.append(_PLACES[EXACT_DUPLICATE if duplicates[row] is None else NEAR_DUPLICATE])
-        if frequent is not None and not document.failed:
-            _take_lines(document, frequent, config)
-        if tally.add(document, validation=document.content_id < validation_below):
-            kept.append(document)
+    for row, of in duplicates.items():
+        documents[row].failed.append(_PLACES[EXACT_DUPLICATE if of is None else NEAR_DUPLICATE])
+    if config.duplicates.line_documents:
+        _take_lines([document for document in documents if not document.failed], folder, config)
+    validation_below = int(config.validation_fraction * 2**64)
+    kept = [one for one in documents if tally.add(one, validation=one.content_id < validation_below)]
     if documents:
         tally.add_scores(np.array([document.scores for document in documents]))
     return tally, kept
 
 
 def _measure(
-    config: FilterConfig, folder: WorkFolder, units: list[Unit], workers: int, progress: Callable[[int], None]
+    config: FilterConfig, folder: WorkFolder, units: list[Unit], pool: Workers, progress: Callable[[int], None]
 ) -> None:
     measure = partial(measure_shard, folder=folder, options=config.measure_options(), html=config.html)
-    shards = missing_shards(units, folder, config.shard_mb << 20, progress)
-    with closing(ordered_map(measure, shards, workers)) as done:
+    shards = missing_shards(units, folder, config.shard_mb * MEGABYTE, progress)
+    with closing(pool.map(measure, shards)) as done:
         for file_bytes in done:
             progress(file_bytes)
 
@@ -138,32 +135,29 @@ def _write(config: FilterConfig, folder: WorkFolder, names: list[str], output_di
             tally.merge(part)
             for document in documents:
                 (validation if document.content_id < validation_below else train).write(document)
-        summary = tally.finish()
-        _check_something_is_left(summary)
-    return summary
+    return tally.finish()
 
 
-def _take_lines(document: ScoredDocument, frequent: FrequentLines, config: FilterConfig) -> None:
-    """Takes boilerplate lines out of a document, which fails when too little is left."""
-    text = without_frequent_lines(
-        document.text,
-        document.content_id,
-        frequent,
-        line_documents=config.duplicates.line_documents,
-        block_documents=config.duplicates.block_documents,
+def _take_lines(documents: list[ScoredDocument], folder: WorkFolder, config: FilterConfig) -> None:
+    """Takes boilerplate lines out of documents, which fail when too little is left."""
+    settings = config.duplicates
+    frequent = FrequentLines.load(
+        folder, line_documents=settings.line_documents, block_documents=settings.block_documents
     )
-    if text == document.text:
-        return
-    shortest = config.measure_options().resolved["length"].minimum
-    if not text or (shortest is not None and len(text) < shortest):
-        document.failed.append(_PLACES[FREQUENT_LINES])
-        document.text = snippet(document.text)
-        return
-    lines = [sum(map(bool, one.split("\n"))) for one in (document.text, text)]
-    size = len(text.encode("utf-8"))
-    document.lines_removed = lines[0] - lines[1]
-    document.bytes_of_lines = document.bytes_out - size
-    document.text, document.bytes_out = text, size
+    texts = frequent.without([document.text for document in documents], [document.content_id for document in documents])
+    shortest = max(config.measure_options().resolved["length"].minimum or 0, 1)
+    for document, text in zip(documents, texts, strict=True):
+        if text == document.text:
+            continue
+        if len(text) < shortest:
+            document.failed.append(_PLACES[FREQUENT_LINES])
+            document.text = snippet(document.text)
+            continue
+        lines = [sum(map(bool, map(str.strip, one.split("\n")))) for one in (document.text, text)]
+        document.lines_removed = lines[0] - lines[1]
+        size = len(text.encode("utf-8"))
+        document.bytes_of_lines = document.bytes_out - size
+        document.text, document.bytes_out = text, size
 
 
 def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:

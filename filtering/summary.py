@@ -147,7 +147,8 @@ class Tally:
         self._most = examples_per_rule
         self._dropped: list[dict[int, Example]] = [{} for _ in summary.rules]
         self._kept: list[dict[int, Example]] = [{} for _ in summary.rules]
-        self._salts = [_salt(rule.name) for rule in summary.rules]
+        self._bounds = [2**64 if examples_per_rule else 0 for _ in RULES]  # keys of kept examples lie below
+        self._salts = [_salt(rule.name) for rule in list(summary.rules)[: len(RULES)]]
 
     def add_broken(self, records: int, examples: Sequence[str]) -> None:
         """Counts records without a document."""
@@ -193,8 +194,10 @@ class Tally:
         else:
             summary.train_documents += 1
             summary.train_bytes += document.bytes_out
-        for index, salt in enumerate(self._salts[: len(document.scores)]):
-            self._offer(self._kept[index], index, document.content_id ^ salt, document)
+        for index, salt in enumerate(self._salts):
+            key = document.content_id ^ salt
+            if key < self._bounds[index] and self._offer(self._kept[index], index, key, document):
+                self._bounds[index] = max(self._kept[index])
         return True
 
     def add_scores(self, scores: np.ndarray) -> None:
@@ -235,14 +238,16 @@ class Tally:
         self.summary.estimated_tokens = round(self.summary.bytes_out / BYTES_PER_TOKEN)
         return self.summary
 
-    def _offer(self, examples: dict[int, Example], index: int, key: int, document: ScoredDocument) -> None:
+    def _offer(self, examples: dict[int, Example], index: int, key: int, document: ScoredDocument) -> bool:
+        """Takes a document among the examples with the smallest keys; whether there are as many as wanted now."""
         # The smallest content ids are a random sample of the whole input that needs no random state.
         if key in examples or (len(examples) >= self._most and (not examples or key > max(examples))):
-            return
+            return False
         score = float(f"{document.scores[index]:.6g}") if index < len(document.scores) else 1.0
         examples[key] = Example(id=document.id, score=score, snippet=snippet(document.text))
         if len(examples) > self._most:
             del examples[max(examples)]
+        return len(examples) == self._most
 
     def _smallest(self, examples: dict[int, Example]) -> dict[int, Example]:
         return {key: examples[key] for key in sorted(examples)[: self._most]}
