@@ -13,6 +13,7 @@ from .documents import find_inputs, suffix_of
 from .duplicates import duplicates_of_shard, find_duplicates
 from .errors import CorpusError
 from .frequent_lines import FrequentLines, count_lines
+from .ray_workers import RayWorkers
 from .report import write_report
 from .rules import RULES
 from .summary import (
@@ -26,7 +27,16 @@ from .summary import (
     empty_summary,
     snippet,
 )
-from .work import Unit, WorkFolder, cut_into_units, measure_shard, missing_shards, scored_documents, write_atomically
+from .work import (
+    Unit,
+    WorkFolder,
+    cut_into_units,
+    measure_shard,
+    measure_unit,
+    missing_shards,
+    scored_documents,
+    write_atomically,
+)
 from .workers import Mapper, Workers, available_cores
 from .writer import SplitWriter, remove_old_outputs
 
@@ -76,7 +86,7 @@ def filter_corpus(
     workers = _worker_count(config, paths)
     units = cut_into_units(paths, config.shard_mb * MEGABYTE)
     settings = {"memory_gb": config.memory_gb, "threads": workers}
-    with Workers(workers) as pool:
+    with RayWorkers(workers) if config.engine == "ray" else Workers(workers) as pool:
         _measure(config, folder, units, pool, progress or (lambda _: None))
         names = [name for unit in units for name in folder.shards(unit.number)]
         say("looking for documents that repeat others")
@@ -86,10 +96,12 @@ def filter_corpus(
             count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=pool.map)
         say("writing what is kept")
         summary = _write(config, folder, names, output_dir, pool.map)
-    folder.remove()
-    _check_something_is_left(summary)
+    if not summary.documents_out:
+        folder.remove()
+        raise _nothing_left(summary)
     write_atomically(output_dir / "report.html", write_report(summary).encode("utf-8"))
     write_atomically(output_dir / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    folder.remove()
     return summary
 
 
@@ -113,11 +125,20 @@ def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tupl
 
 
 def _measure(
-    config: FilterConfig, folder: WorkFolder, units: list[Unit], pool: Workers, progress: Callable[[int], None]
+    config: FilterConfig,
+    folder: WorkFolder,
+    units: list[Unit],
+    pool: Workers | RayWorkers,
+    progress: Callable[[int], None],
 ) -> None:
     measure = partial(measure_shard, folder=folder, options=config.measure_options(), html=config.html)
-    shards = missing_shards(units, folder, config.shard_mb * MEGABYTE, progress)
-    with closing(pool.map(measure, shards)) as done:
+    shard_bytes = config.shard_mb * MEGABYTE
+    if isinstance(pool, RayWorkers):
+        # Its processes read the inputs themselves, so that no text goes through this one.
+        done = pool.map(partial(measure_unit, folder=folder, measure=measure, shard_bytes=shard_bytes), units)
+    else:
+        done = pool.map(measure, missing_shards(units, folder, shard_bytes, progress))
+    with closing(done):
         for file_bytes in done:
             progress(file_bytes)
 
@@ -182,14 +203,12 @@ def _worker_count(config: FilterConfig, paths: list[Path]) -> int:
     return workers if text_bytes >= _WORKERS_PAY_FROM_BYTES else 1
 
 
-def _check_something_is_left(summary: FilterSummary) -> None:
-    if summary.documents_out:
-        return
+def _nothing_left(summary: FilterSummary) -> CorpusError:
     if not summary.documents_in:
-        first = f"; the first of {summary.broken_records} broken records is {summary.broken_examples[0]}"
-        raise CorpusError("the inputs hold no documents" + (first if summary.broken_records else ""))
+        first = f"; the first of {summary.broken_records} broken records is " + "".join(summary.broken_examples[:1])
+        return CorpusError("the inputs hold no documents" + (first if summary.broken_records else ""))
     worst = max(summary.rules, key=lambda rule: rule.dropped_documents)
-    raise CorpusError(
+    return CorpusError(
         f"no document is left of {summary.documents_in}: rule {worst.name!r} ({worst.description}) dropped most, "
         f"{worst.dropped_documents}; widen thresholds.{worst.name}, or look at the inputs"
     )

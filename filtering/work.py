@@ -196,10 +196,10 @@ def measure_shard(shard: Shard, *, folder: WorkFolder, options: MeasureOptions, 
     return shard.file_bytes
 
 
-def measure_unit(unit: Unit, *, folder: WorkFolder, options: MeasureOptions, html: bool, shard_bytes: int) -> int:
-    """Measures the shards of a unit that are not measured yet; returns the bytes of its files."""
+def measure_unit(unit: Unit, *, folder: WorkFolder, measure: Callable[[Shard], int], shard_bytes: int) -> int:
+    """Applies `measure` to the shards of a unit that are not measured yet; returns the bytes of its files."""
     for shard in missing_shards([unit], folder, shard_bytes):
-        measure_shard(shard, folder=folder, options=options, html=html)
+        measure(shard)
     return unit.file_bytes
 
 

@@ -80,6 +80,14 @@ class Workers:
                 future.cancel()
 
 
+def ordered_map(
+    function: Callable[[Input], Output], inputs: Iterable[Input], workers: int
+) -> Generator[Output, None, None]:
+    """Yields `function(input)` in input order by `Workers` of its own."""
+    with Workers(workers) as pool:
+        yield from pool.map(function, inputs)
+
+
 def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides when the workers end.
     with contextlib.suppress(ValueError):
