@@ -18,7 +18,7 @@ from .work import BAND_COLUMNS, WorkFolder, locate, positions_of
 from .workers import Mapper
 
 _PAIRS_PER_GROUP = 20_480
-_CHARACTERS_PER_BATCH = 1 << 21
+_CHARACTERS_PER_BATCH, _PAIRS_PER_BATCH = 1 << 21, 1 << 15
 # Buckets beyond this size are those of templates: a document in one meets the best of it and its neighbours in rank.
 _BEST_OF_BUCKET, _NEIGHBOURS = 32, 8
 
@@ -171,7 +171,7 @@ def _similarities(folder: WorkFolder, left: Sequence[int], right: Sequence[int])
                 loaded.append(texts[position])
             characters += len(loaded[places[position]])
         pairs.append((places[pair[0]], places[pair[1]]))
-        if characters >= _CHARACTERS_PER_BATCH:
+        if characters >= _CHARACTERS_PER_BATCH or len(pairs) == _PAIRS_PER_BATCH:
             yield jaccard(shingles(loaded), *np.array(pairs).T)
             places, loaded, pairs, characters = {}, [], [], 0
     if pairs:

@@ -30,6 +30,7 @@ _GENERATOR = np.random.Generator(np.random.PCG64(20241127))
 _FACTORS = _GENERATOR.integers(2**62, 2**64 - 1, _PERMUTATIONS, dtype=np.uint64, endpoint=True) | np.uint64(1)
 # Where an empty bin takes its value from, attempt by attempt.
 _DONORS = np.stack([_GENERATOR.permutation(_BINS) for _ in range(4 * _BINS)])
+_OWNER_BITS, _HASH_BITS = np.uint64(16), np.uint64(48)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
 
 
@@ -103,21 +104,28 @@ def _fill_empty_bins(least: np.ndarray) -> None:
 
 
 def jaccard(batch: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns the Jaccard similarity of the shingle sets of the texts `left[i]` and `right[i]`, exactly, as float64."""
-    order = np.lexsort((batch.hashes, batch.text))
-    hashes, text = batch.hashes[order], batch.text[order]
+    """Returns the Jaccard similarity of the shingle sets of the texts `left[i]` and `right[i]`, as float64.
+
+    Exact but for hashes of 48 bits that collide. At most 65,536 texts and as many pairs.
+    """
+    hashes = _owned(batch.hashes, batch.text)
+    hashes.sort()
     fresh = np.ones(len(hashes), dtype=bool)
-    fresh[1:] = (hashes[1:] != hashes[:-1]) | (text[1:] != text[:-1])
-    hashes, text = hashes[fresh], text[fresh]
-    sizes = np.bincount(text, minlength=batch.texts)
+    np.not_equal(hashes[1:], hashes[:-1], out=fresh[1:])
+    hashes = hashes[fresh]
+    sizes = np.bincount((hashes >> _HASH_BITS).astype(np.intp), minlength=batch.texts)
     first = np.cumsum(sizes) - sizes
-    union = sizes[left] + sizes[right]
-    pair = np.repeat(np.arange(len(left)), union)
-    inside = np.arange(len(pair)) - (np.cumsum(union) - union)[pair]
-    of_left = inside < sizes[left][pair]
-    where = np.where(of_left, first[left][pair] + inside, first[right][pair] + inside - sizes[left][pair])
-    both = hashes[where]
-    order = np.lexsort((both, pair))
-    both, pair = both[order], pair[order]
-    common = np.bincount(pair[1:][(both[1:] == both[:-1]) & (pair[1:] == pair[:-1])], minlength=len(left))
-    return common / np.maximum(union - common, 1)
+    # The sets of both texts of a pair one after the other: what occurs twice in a pair is common.
+    texts = np.stack((left, right), axis=1).reshape(-1)
+    size = sizes[texts]
+    where = np.repeat(first[texts] - (np.cumsum(size) - size), size) + np.arange(size.sum())
+    both = _owned(hashes[where] << _OWNER_BITS, np.repeat(np.arange(len(texts)) >> 1, size))
+    both.sort()
+    twice = both[1:][both[1:] == both[:-1]] >> _HASH_BITS
+    common = np.bincount(twice.astype(np.intp), minlength=len(left))
+    return common / np.maximum(size[::2] + size[1::2] - common, 1)
+
+
+def _owned(hashes: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The owner of each hash in the high bits and 48 bits of the hash below, so that one sort groups by both."""
+    return (hashes >> _OWNER_BITS) | (owner.astype(np.uint64) << _HASH_BITS)

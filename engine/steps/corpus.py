@@ -33,7 +33,7 @@ def run_filter(context: Context, folder: Path) -> StepResult:
     assert config is not None
     total = sum(path.stat().st_size for path in find_inputs(config.inputs))
     with Progress("filter", total, "B") as progress:
-        summary = filter_corpus(config, folder, progress=progress.update)
+        summary = filter_corpus(config, folder, progress=progress.update, say=lambda part: print(f"filter: {part}"))
     return StepResult(
         summary=msgspec.to_builtins(summary),
         outputs=sorted(path.name for path in folder.glob("*.parquet")),

@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +14,7 @@ from redwhale.filtering.minhash import BANDS, band_keys, jaccard, shingles
 from redwhale.filtering.rules import RULES
 from redwhale.filtering.work import WorkFolder, locate
 
-RAW = Path("/work/shared/data/korean/raw")
+REAL = os.environ.get("REDWHALE_KOREAN_TEXT", "")
 OPEN = {name: Threshold(enabled=False) for name in RULES}
 """Every rule off: what is dropped is a duplicate."""
 
@@ -48,7 +50,7 @@ def test_the_jaccard_similarity_equals_that_of_sets_of_strings():
         expected.append(len(mine & others) / max(len(mine | others), 1))
     assert jaccard(shingles(texts), left, right) == pytest.approx(expected)
     assert max(expected) > 0.9
-    assert 0 < np.median(expected) < 1
+    assert sum(0 < one < 1 for one in expected) > 15
 
 
 def test_spacing_changes_no_key_and_a_text_alone_has_those_it_has_in_a_batch():
@@ -158,7 +160,7 @@ def test_a_threshold_of_one_looks_for_exact_duplicates_alone(tmp_path, monkeypat
 def test_a_crowd_of_templates_is_found_in_linear_time(tmp_path, monkeypatch):
     rng = random.Random(5)
     template = random_text(rng, 1000)
-    texts = [f"{template} {rng.randrange(10**12)} {random_text(rng, 20)}" for _ in range(400)]
+    texts = [f"{template} {rng.randrange(10**12)} {random_text(rng, 20)}" for _ in range(150)]
     texts += [random_text(rng, 300) for _ in range(20)]
     kept, repeats = kept_and_repeats(
         write(tmp_path / "a.jsonl", texts), tmp_path / "out", monkeypatch, duplicates=LINES_OFF
@@ -168,12 +170,13 @@ def test_a_crowd_of_templates_is_found_in_linear_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RAW.exists(), reason="needs the shared Korean texts")
+@pytest.mark.skipif(not REAL, reason="REDWHALE_KOREAN_TEXT names no folder with bills, reviews and general .jsonl.zst")
 def test_recall_and_precision_against_every_pair_of_5000_real_documents(tmp_path, monkeypatch):
     rng = random.Random(6)
     texts: list[str] = []
     for name in ("bills", "reviews", "general"):
-        texts += [document.text[:1500] for document, _ in zip(read_documents(RAW / f"{name}.jsonl.zst"), range(1400))]
+        documents = read_documents(Path(REAL) / f"{name}.jsonl.zst")
+        texts += [document.text[:1500] for document in itertools.islice(documents, 1400)]
     originals = len(texts)
     for _ in range(5000 - originals):
         texts.append(edited(texts[rng.randrange(originals)], rng, rng.choice((0, 0.002, 0.005, 0.01, 0.02))))
