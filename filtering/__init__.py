@@ -6,7 +6,7 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 (`pip install "redwhale[filtering]"`).
 """
 
-from .config import DuplicateConfig, FilterConfig
+from .config import DuplicateConfig, FilterConfig, PerplexityConfig
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
 from .explain import Explanation, Verdict, explain_document, explain_file
@@ -29,6 +29,7 @@ __all__ = [
     "FilterSummary",
     "MeasureOptions",
     "Measured",
+    "PerplexityConfig",
     "PreparedDocument",
     "Rule",
     "RuleSummary",

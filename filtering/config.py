@@ -3,6 +3,7 @@
 import msgspec
 
 from .errors import CorpusError
+from .language_model import METHODS
 from .measure import MeasureOptions
 from .personal_data import DEFAULT_KINDS
 from .rules import Threshold
@@ -29,6 +30,22 @@ class DuplicateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
 
 
+class PerplexityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Cuts documents that are unlike clean text, at both ends; raises CorpusError for a value out of range."""
+
+    train: tuple[str, ...]  # files, folders and globs of clean Korean text
+    method: str = "ngram"  # "ngram": perplexity of characters; "prior": mean and deviation of their log-frequencies
+    low: float = 0.01  # share of the documents that pass the rules to drop at the low end, the most predictable
+    high: float = 0.02  # and at the high end, the least predictable
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CorpusError(f"perplexity.method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        for name, share in (("low", self.low), ("high", self.high)):
+            if not 0 <= share < 0.5:
+                raise CorpusError(f"perplexity.{name} must be at least 0 and below 0.5, not {share}")
+
+
 class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to filter and how; raises CorpusError for a value out of range and for an unknown rule."""
 
@@ -42,6 +59,8 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     mask: tuple[str, ...] = DEFAULT_KINDS  # kinds of personal data that placeholders replace
     thresholds: dict[str, Threshold] = {}  # changes to the rules, by rule name
     duplicates: DuplicateConfig = DuplicateConfig()  # repetition across documents
+    decontaminate: tuple[str, ...] = ()  # files and folders of benchmarks whose questions and answers must not be kept
+    perplexity: PerplexityConfig | None = None  # unset: no cut by perplexity
     documents_per_file: int = 100_000  # documents in each parquet file
     examples_per_rule: int = 3  # dropped documents, and kept ones, that the summary shows for each rule
 

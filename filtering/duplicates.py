@@ -10,17 +10,54 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from .errors import CorpusError
+from .language_model import load_model
 from .minhash import jaccard, shingles
-from .work import BAND_COLUMNS, WorkFolder, locate, positions_of
+from .work import BAND_COLUMNS, WorkFolder, locate, positions_of, write_atomically
 from .workers import Mapper
 
 _PAIRS_PER_GROUP = 20_480
 _CHARACTERS_PER_BATCH, _PAIRS_PER_BATCH = 1 << 21, 1 << 15
 # Buckets beyond this size are those of templates: a document in one meets the best of it and its neighbours in rank.
 _BEST_OF_BUCKET, _NEIGHBOURS = 32, 8
+
+
+def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float, threads: int) -> None:
+    """Writes `bounds.json`: [lowest, highest] allowed for each score of the language model.
+
+    They cut these shares, in all, of the documents that pass the rules, copies counted.
+    """
+    result = folder.path / "bounds.json"
+    columns = load_model(folder.language_model).columns
+    if result.exists():
+        return
+    shares = f"{low / columns}, {1 - high / columns}"
+    with connect(folder, memory_gb, threads) as database:
+        bounds = [
+            database.execute(
+                f"SELECT quantile_disc(model_{column}, [{shares}]) FROM documents WHERE failed = 0"
+            ).fetchone()[0]
+            for column in range(columns)
+        ]
+    write_atomically(result, msgspec.json.encode(bounds))
+
+
+def improbable_rows(folder: WorkFolder, name: str) -> set[int]:
+    """Returns the rows of a shard that pass the rules and lie beyond the bounds of the language model."""
+    path = folder.path / "bounds.json"
+    if not path.exists():
+        return set()
+    measured = folder.measurements(name)
+    failed = measured.column("failed").to_numpy() != 0
+    beyond = np.zeros(len(failed), dtype=bool)
+    for column, bounds in enumerate(msgspec.json.decode(path.read_bytes())):
+        if bounds is not None:
+            scores = measured.column(f"model_{column}").to_numpy()
+            beyond |= (scores < bounds[0]) | (scores > bounds[1])
+    return set(np.flatnonzero(beyond & ~failed).tolist())
 
 
 def find_duplicates(folder: WorkFolder, threshold: float, *, memory_gb: float, threads: int, map_: Mapper) -> Path:
@@ -38,7 +75,7 @@ def find_duplicates(folder: WorkFolder, threshold: float, *, memory_gb: float, t
         )
         database.execute('CREATE TABLE near (position BIGINT, "of" BIGINT, jaccard FLOAT)')
         if threshold < 1:
-            _rank(database)
+            _rank(database, folder)
             pairs = folder.path / "pairs.parquet"
             if not pairs.exists():
                 _write_pairs(database, pairs)
@@ -92,18 +129,24 @@ def duplicates_of_shard(folder: WorkFolder, name: str) -> dict[int, int | None]:
 
 
 def surviving_rows(folder: WorkFolder, name: str) -> list[int]:
-    """Returns the rows of a shard that pass the rules and repeat no other document."""
-    duplicates = duplicates_of_shard(folder, name)
+    """Returns the rows of a shard that pass the rules, are probable, and repeat no other document."""
+    gone = improbable_rows(folder, name) | duplicates_of_shard(folder, name).keys()
     failed = folder.measurements(name).column("failed").to_pylist()
-    return [row for row, rules in enumerate(failed) if not rules and row not in duplicates]
+    return [row for row, rules in enumerate(failed) if not rules and row not in gone]
 
 
-def _rank(database: Any) -> None:
+def _rank(database: Any, folder: WorkFolder) -> None:
     """The table `ranked`: documents that pass the rules, exact duplicates left out, the best first."""
+    bounds = folder.path / "bounds.json"
+    allowed = "".join(
+        f" AND model_{column} BETWEEN {pair[0]!r} AND {pair[1]!r}"
+        for column, pair in enumerate(msgspec.json.decode(bounds.read_bytes()) if bounds.exists() else [])
+        if pair is not None
+    )
     database.execute(
-        """CREATE TABLE ranked AS
+        f"""CREATE TABLE ranked AS
         SELECT row_number() OVER (ORDER BY quality DESC, bytes_out DESC, content_id) - 1 AS rank, position
-        FROM documents SEMI JOIN firsts USING (position) WHERE failed = 0"""
+        FROM documents SEMI JOIN firsts USING (position) WHERE failed = 0{allowed}"""
     )
 
 

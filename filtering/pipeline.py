@@ -1,6 +1,6 @@
 """From raw files to a normalised, filtered, deduplicated and explained corpus in parquet files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,12 @@ import msgspec
 import numpy as np
 
 from .config import FilterConfig
+from .decontaminate import load_benchmarks
 from .documents import find_inputs, suffix_of
-from .duplicates import duplicates_of_shard, find_duplicates
+from .duplicates import duplicates_of_shard, find_bounds, find_duplicates, improbable_rows
 from .errors import CorpusError
 from .frequent_lines import FrequentLines, count_lines
+from .language_model import train_model
 from .ray_workers import RayWorkers
 from .report import write_report
 from .rules import RULES
@@ -21,6 +23,7 @@ from .summary import (
     EXACT_DUPLICATE,
     FREQUENT_LINES,
     NEAR_DUPLICATE,
+    PERPLEXITY,
     FilterSummary,
     ScoredDocument,
     Tally,
@@ -80,15 +83,22 @@ def filter_corpus(
         if path.resolve().is_relative_to(output_dir.resolve()):
             raise CorpusError(f"input {str(path)!r} lies in the output folder {str(output_dir)!r}: write elsewhere")
     folder = WorkFolder(output_dir.resolve() / "work")
+    if config.decontaminate:
+        load_benchmarks(config.decontaminate)  # what cannot be read is said before any work
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_old_outputs(output_dir)
     folder.open(_fingerprint(config, paths))
     workers = _worker_count(config, paths)
     units = cut_into_units(paths, config.shard_mb * MEGABYTE)
+    if config.perplexity is not None and not folder.language_model.exists():
+        say("training the language model")
+        train_model(config.perplexity.method, config.perplexity.train, folder.language_model)
     settings = {"memory_gb": config.memory_gb, "threads": workers}
     with RayWorkers(workers) if config.engine == "ray" else Workers(workers) as pool:
         _measure(config, folder, units, pool, progress or (lambda _: None))
         names = [name for unit in units for name in folder.shards(unit.number)]
+        if config.perplexity is not None:
+            find_bounds(folder, config.perplexity.low, config.perplexity.high, **settings)
         say("looking for documents that repeat others")
         find_duplicates(folder, config.duplicates.jaccard, map_=pool.map, **settings)
         if config.duplicates.line_documents:
@@ -111,8 +121,11 @@ def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tupl
     tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
     info = folder.info(name)
     tally.add_broken(info.broken_records, info.broken_examples)
+    tally.summary.matches += info.matches
     duplicates = duplicates_of_shard(folder, name)
     documents = scored_documents(folder, name)
+    for row in improbable_rows(folder, name):
+        documents[row].failed.append(_PLACES[PERPLEXITY])
     for row, of in duplicates.items():
         documents[row].failed.append(_PLACES[EXACT_DUPLICATE if of is None else NEAR_DUPLICATE])
     if config.duplicates.line_documents:
@@ -131,7 +144,13 @@ def _measure(
     pool: Workers | RayWorkers,
     progress: Callable[[int], None],
 ) -> None:
-    measure = partial(measure_shard, folder=folder, options=config.measure_options(), html=config.html)
+    measure = partial(
+        measure_shard,
+        folder=folder,
+        options=config.measure_options(),
+        html=config.html,
+        benchmarks=config.decontaminate,
+    )
     shard_bytes = config.shard_mb * MEGABYTE
     if isinstance(pool, RayWorkers):
         # Its processes read the inputs themselves, so that no text goes through this one.
@@ -183,14 +202,21 @@ def _take_lines(documents: list[ScoredDocument], folder: WorkFolder, config: Fil
 
 def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
     """What decides the contents of the work folder."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+    def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+    benchmarks = [one for name in config.decontaminate for path in [Path(name)] for one in [path, *path.rglob("*")]]
     return {
         "thresholds": config.measure_options().resolved,
         "mask": sorted(config.mask),
         "html": config.html,
         "shard_mb": config.shard_mb,
         "duplicates": config.duplicates,
-        "inputs": stats,
+        "inputs": stats(paths),
+        "benchmarks": stats(path for path in benchmarks if path.exists()),
+        "perplexity": config.perplexity,
+        "clean": stats(find_inputs(config.perplexity.train)) if config.perplexity is not None else [],
     }
 
 

@@ -57,6 +57,7 @@ def write_report(summary: FilterSummary) -> str:
         "<h2>Scores</h2><p class=muted>All documents by score, the shaded side is dropped; the height is the logarithm "
         "of the count. Examples are random ones.</p>",
         *(_rule(rule) for rule in summary.rules),
+        _matches(summary),
         _broken(summary),
     ]
     return (
@@ -178,6 +179,14 @@ def _masked(summary: FilterSummary) -> str:
         return ""
     rows = ((kind, f"{count:,}") for kind, count in sorted(summary.masked.items()))
     return "<h2>Personal data masked</h2>" + _table(("kind", "placeholders"), rows, numeric=(1,))
+
+
+def _matches(summary: FilterSummary) -> str:
+    if not summary.matches:
+        return ""
+    rows = ((one.document, one.benchmark, f"{one.record:,}", f"{one.share:.0%}", one.text) for one in summary.matches)
+    head = ("document", "benchmark", "record", "found", "text")
+    return "<h2>Benchmarks in the corpus</h2>" + _table(head, rows, numeric=(2, 3))
 
 
 def _broken(summary: FilterSummary) -> str:

@@ -7,19 +7,23 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
+from .decontaminate import Match
 from .rules import RULES, Threshold
 
 _MAX_SOURCES = 1000
 _MAX_BROKEN_EXAMPLES = 10
 _BINS = 40
 OTHER_SOURCES = "(other sources)"
+CONTAMINATED, PERPLEXITY = "contaminated", "perplexity"
 EXACT_DUPLICATE, NEAR_DUPLICATE, FREQUENT_LINES = "exact_duplicate", "near_duplicate", "frequent_lines"
 CORPUS_RULES = {
+    CONTAMINATED: "documents that hold questions or answers of the benchmarks named",
+    PERPLEXITY: "documents that clean text predicts worse, or better, than nearly all that pass the rules",
     EXACT_DUPLICATE: "documents with the same normalised text as an earlier one",
     NEAR_DUPLICATE: "documents that pass the rules and are alike to a better one, by Jaccard similarity",
     FREQUENT_LINES: "documents too short once lines of many other documents are gone",
 }
-"""What drops a document for the sake of the others, with descriptions, in the order in which it is looked for."""
+"""What drops a document beside the rules, with descriptions, in the order in which it counts."""
 
 BYTES_PER_TOKEN = 4.5
 """Of Korean text and RedWhale's tokenizer: the paper's 43.9 GB are 9.7 billion tokens (arXiv 2408.11294)."""
@@ -91,6 +95,7 @@ class FilterSummary(msgspec.Struct, kw_only=True):
     masked: dict[str, int] = {}  # placeholders in the kept documents, by kind of personal data
     broken_records: int = 0  # records that hold no readable document; not in documents_in
     broken_examples: list[str] = []  # the first few, as FILE:RECORD: REASON
+    matches: list[Match] = []  # of benchmarks, every one that dropped a document
     rules: list[RuleSummary] = []  # in order; those of CORPUS_RULES last
     overlaps: list[list[int]] = []  # documents that fail both of two rules, by their places in `rules`
     sources: dict[str, SourceSummary] = {}  # a thousand at most, the rest under "(other sources)"
@@ -132,8 +137,14 @@ def empty_summary(thresholds: Sequence[Threshold], jaccard: float) -> FilterSumm
         for rule, threshold in zip(RULES.values(), thresholds, strict=True)
     ]
     of_corpus = {EXACT_DUPLICATE: Threshold(maximum=0), NEAR_DUPLICATE: Threshold(maximum=jaccard)}
+    groups = {CONTAMINATED: "benchmarks", PERPLEXITY: "perplexity"}
     rules += [
-        RuleSummary(name=name, group="duplicates", description=text, threshold=of_corpus.get(name, Threshold()))
+        RuleSummary(
+            name=name,
+            group=groups.get(name, "duplicates"),
+            description=text,
+            threshold=of_corpus.get(name, Threshold()),
+        )
         for name, text in CORPUS_RULES.items()
     ]
     return FilterSummary(rules=rules, overlaps=[[0] * len(rules) for _ in rules])
@@ -213,6 +224,7 @@ class Tally:
         """Adds what a later stretch of the input counted."""
         mine, theirs = self.summary, other.summary
         self.add_broken(theirs.broken_records, theirs.broken_examples)
+        mine.matches += theirs.matches
         _add_numbers(mine, theirs, but=("broken_records",))
         for kind, count in theirs.masked.items():
             mine.masked[kind] = mine.masked.get(kind, 0) + count

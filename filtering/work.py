@@ -14,13 +14,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from .decontaminate import Match, load_benchmarks
 from .documents import BrokenRecord, RecordBatch, decode_batch, read_batches
 from .errors import CorpusError
+from .language_model import load_model
 from .measure import Measured, MeasureOptions, measure_documents
 from .minhash import BANDS, VERSION, band_keys, shingles
 from .normalize import content_id
 from .rules import RULES
-from .summary import ScoredDocument, snippet
+from .summary import CONTAMINATED, ScoredDocument, snippet
 
 _FORMAT = 1
 _BATCH_BYTES = 1 << 20
@@ -64,6 +66,7 @@ class ShardInfo(msgspec.Struct, kw_only=True):
     last: bool
     broken_records: int
     broken_examples: list[str]
+    matches: list[Match]
 
 
 class WorkFolder:
@@ -77,6 +80,7 @@ class WorkFolder:
         self.path = path
         self.measured = path / "measured"
         self.texts = path / "texts"
+        self.language_model = path / "language_model.npz"
 
     def open(self, fingerprint: dict[str, Any]) -> None:
         """Makes the folder; what another run, with other settings or inputs, left in it goes."""
@@ -146,8 +150,13 @@ def cut_into_shards(unit: Unit, shard_bytes: int) -> Iterator[Shard]:
     yield Shard(unit.number, number, waiting, last=True)
 
 
-def measure_shard(shard: Shard, *, folder: WorkFolder, options: MeasureOptions, html: bool) -> int:
-    """Measures the documents of a shard and writes its two files; returns the bytes of input files it took up."""
+def measure_shard(
+    shard: Shard, *, folder: WorkFolder, options: MeasureOptions, html: bool, benchmarks: tuple[str, ...] = ()
+) -> int:
+    """Measures the documents of a shard and writes its two files; returns the bytes of input files it took up.
+
+    The language model, where the work folder has one, scores them too.
+    """
     pa, pq = _pyarrow(), _parquet()
     broken: list[BrokenRecord] = []
     measured: list[Measured] = []
@@ -155,27 +164,37 @@ def measure_shard(shard: Shard, *, folder: WorkFolder, options: MeasureOptions, 
         documents, bad = decode_batch(batch, html=html)
         broken += bad
         measured += measure_documents(documents, options)
+    matches = _matches(measured, benchmarks)
     info = ShardInfo(
         file_bytes=shard.file_bytes,
         last=shard.last,
         broken_records=len(broken),
         broken_examples=[str(record) for record in broken[:10]],
+        matches=[match for found in matches for match in found],
     )
-    places = {name: place for place, name in enumerate(RULES)}
+    places = {name: place for place, name in enumerate([*RULES, CONTAMINATED])}
+    failed = [
+        sum(1 << places[name] for name in [*one.failed, *[CONTAMINATED][: len(found)]])
+        for one, found in zip(measured, matches, strict=True)
+    ]
     columns = {
         "position": pa.array(first_position(shard.unit, shard.number) + np.arange(len(measured))),
         "content_id": pa.array([content_id(one.text) for one in measured], pa.uint64()),
         "bytes_in": pa.array([one.original_bytes for one in measured], pa.int64()),
         "bytes_out": pa.array([len(one.text.encode("utf-8")) for one in measured], pa.int64()),
         "quality": pa.array([quality(one.scores) for one in measured], pa.int32()),
-        "failed": pa.array([sum(1 << places[name] for name in one.failed) for one in measured], pa.uint64()),
+        "failed": pa.array(failed, pa.uint64()),
         **_band_columns(measured),
+        **_model_columns(measured, folder),
     }
     texts = pa.table(
         {
             "id": pa.array([one.id for one in measured], pa.large_string()),
             "source": pa.array([one.source for one in measured], pa.large_string()),
-            "text": pa.array([snippet(one.text) if one.failed else one.text for one in measured], pa.large_string()),
+            "text": pa.array(
+                [snippet(one.text) if bits else one.text for one, bits in zip(measured, failed, strict=True)],
+                pa.large_string(),
+            ),
             "repaired": pa.array([one.repaired for one in measured], pa.bool_()),
             "masked": pa.array([list(one.masked.items()) for one in measured], pa.map_(pa.string(), pa.int32())),
             "scores": pa.array([list(one.scores.values()) for one in measured], pa.list_(pa.float32(), len(RULES))),
@@ -298,6 +317,38 @@ def _band_columns(measured: Sequence[Measured]) -> dict[str, Any]:
     absent = np.ones(len(measured), dtype=bool)
     absent[passed] = False
     return {name: pa.array(keys[:, band], mask=absent) for band, name in enumerate(BAND_COLUMNS)}
+
+
+def _matches(measured: Sequence[Measured], benchmarks: tuple[str, ...]) -> list[list[Match]]:
+    """The probes of benchmarks in each document."""
+    if not benchmarks:
+        return [[] for _ in measured]
+    loaded = load_benchmarks(benchmarks)
+    found = []
+    for start in range(0, len(measured), _SIGNED_DOCUMENTS):
+        found += loaded.find([one.text for one in measured[start : start + _SIGNED_DOCUMENTS]])
+    return [
+        [
+            Match(one.id, loaded.probes[probe].benchmark, loaded.probes[probe].record, share, loaded.probes[probe].text)
+            for probe, share in probes
+        ]
+        for one, probes in zip(measured, found, strict=True)
+    ]
+
+
+def _model_columns(measured: Sequence[Measured], folder: WorkFolder) -> dict[str, Any]:
+    """The scores of the language model, null for documents that a rule drops."""
+    if not folder.language_model.exists():
+        return {}
+    model = load_model(folder.language_model)
+    passed = [place for place, one in enumerate(measured) if not one.failed]
+    scores = np.zeros((len(measured), model.columns))
+    if passed:
+        scores[passed] = model.score([measured[place].text for place in passed])
+    absent = np.ones(len(measured), dtype=bool)
+    absent[passed] = False
+    pa = _pyarrow()
+    return {f"model_{column}": pa.array(scores[:, column], mask=absent) for column in range(model.columns)}
 
 
 def _number(name: str) -> int:

@@ -87,7 +87,10 @@ def test_the_corpus_loses_the_footer_of_a_site_and_counts_no_copies(tmp_path):
 def test_a_document_of_nothing_but_frequent_lines_is_dropped(tmp_path):
     rng = random.Random(1)
     sentences = [
-        f"{subject} 오늘도 바다를 바라보며 노래했다고 한다." for subject in ("고래는", "선장이", "아이는", "할머니는")
+        "고래는 오늘도 푸른 바다를 천천히 헤엄쳤다.",
+        "선장이 낡은 지도를 펼쳐 놓고 길을 찾았다.",
+        "아이는 언덕에서 연을 날리며 즐겁게 노래했다.",
+        "할머니는 마당에 앉아 따뜻한 차를 마셨다.",
     ]
     texts = [f"{sentences[n % 4]}\n{korean(rng)}\n{sentences[(n + 1) % 4]}" for n in range(200)]
     texts.append("\n".join(sentences))
