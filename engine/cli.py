@@ -1,4 +1,4 @@
-"""The command line: `redwhale run`, one command a step, `generate`, `new`, `upscale` and `report`."""
+"""The command line: `redwhale run`, one command a step, and commands for data, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -93,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add_tokenizer_parsers(commands, common)
 
+    ablation = commands.add_parser(
+        "filter-ablation", parents=[recipe], help="what each group of filter rules is worth, by small proxy models"
+    )
+    ablation.add_argument("--megabytes", type=float, default=20.0, metavar="N", help="raw text that is sampled")
+    ablation.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="bytes that every model trains on")
+    ablation.add_argument("--seeds", type=int, default=3, metavar="N", help="models for each variant")
+    ablation.add_argument("--groups", default="", metavar="A,B", help="groups of rules; all by default")
+    ablation.set_defaults(command=_filter_ablation)
+
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")
     generate.add_argument(
@@ -177,6 +186,20 @@ def _run(options: argparse.Namespace) -> None:
             print(f'no report: it needs {missing.name}, pip install "redwhale[report]"')
         else:
             print(f"report: {write_report(recipe.run_dir)}")
+
+
+def _filter_ablation(options: argparse.Namespace) -> None:
+    from .filter_ablation import AblationConfig, ablation_table, run_ablation
+    from .recipe import load_recipe
+
+    config = AblationConfig(
+        megabytes=options.megabytes,
+        tokens=options.tokens,
+        seeds=options.seeds,
+        groups=tuple(filter(None, options.groups.split(","))),
+    )
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(ablation_table(run_ablation(recipe, config, say=lambda line: print(line, flush=True))))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ _BEST_OF_BUCKET, _NEIGHBOURS = 32, 8
 def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float, threads: int) -> None:
     """Writes `bounds.json`: [lowest, highest] allowed for each score of the language model.
 
-    They cut these shares, in all, of the documents that pass the rules, copies counted.
+    They cut these shares of the documents that pass the rules, copies counted: of two scores each cuts half of them.
     """
     result = folder.path / "bounds.json"
     columns = load_model(folder.language_model).columns

@@ -78,7 +78,7 @@ def test_what_is_unlike_clean_text_is_cut_at_both_ends(tmp_path, method):
     summary = filter_corpus(config, tmp_path / "out")
     rule = {rule.name: rule for rule in summary.rules}["perplexity"]
     passed = summary.documents_in - sum(one.dropped_documents for one in summary.rules[:26])
-    assert abs(rule.dropped_documents - 0.1 * passed) <= 8
+    assert 0.05 * passed <= rule.dropped_documents <= 0.1 * passed + 4
     kept = {row["id"] for path in (tmp_path / "out").glob("*.parquet") for row in pq.read_table(path).to_pylist()}
     assert not [name for name in kept if name.startswith("odd")]
     without = filter_corpus(FilterConfig(inputs=config.inputs, validation_fraction=0), tmp_path / "without")
