@@ -23,12 +23,19 @@ def main() -> None:
     arguments.add_argument("--megabytes", type=float, default=20, help="of raw text (default: %(default)s)")
     arguments.add_argument("--tokens", type=int, default=1_000_000, help="bytes a model reads (default: %(default)s)")
     arguments.add_argument("--seeds", type=int, default=3, help="models a variant (default: %(default)s)")
+    arguments.add_argument("--hidden-size", type=int, default=128, help="of the models (default: %(default)s)")
+    arguments.add_argument("--layers", type=int, default=4, help="of the models (default: %(default)s)")
     arguments.add_argument("--groups", nargs="*", default=[], help="of rules; all by default")
     arguments.add_argument("--runs", type=Path, help="folder to go on in after an interruption")
     given = arguments.parse_args()
 
     config = AblationConfig(
-        megabytes=given.megabytes, tokens=given.tokens, seeds=given.seeds, groups=tuple(given.groups)
+        megabytes=given.megabytes,
+        tokens=given.tokens,
+        seeds=given.seeds,
+        hidden_size=given.hidden_size,
+        num_hidden_layers=given.layers,
+        groups=tuple(given.groups),
     )
     with tempfile.TemporaryDirectory() as temporary:
         recipe = Recipe(

@@ -4,8 +4,11 @@ import hashlib
 import json
 import random
 import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -62,3 +65,19 @@ def mixed_corpus(folder: Path, documents: int = 400, seed: int = 0) -> list[dict
 def outputs(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def alike_pairs(sets: Sequence[set[str]], least: float) -> dict[tuple[int, int], float]:
+    """Jaccard similarities of at least `least` of all pairs (earlier, later) of sets, by brute force."""
+    holders: dict[str, list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int], float] = {}
+    for place, mine in enumerate(sets):
+        common = np.zeros(place + 1, dtype=np.int64)
+        for gram in mine:
+            common[holders[gram]] += 1
+            holders[gram].append(place)
+        for other in np.flatnonzero(common):
+            similarity = common[other] / (len(mine) + len(sets[other]) - common[other])
+            if similarity >= least:
+                alike[int(other), place] = float(similarity)
+    return alike

@@ -2,12 +2,12 @@ import itertools
 import json
 import os
 import random
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from filtering_corpus import alike_pairs
 
 from redwhale.filtering import DuplicateConfig, FilterConfig, Threshold, filter_corpus, normalize_text, read_documents
 from redwhale.filtering.minhash import BANDS, band_keys, jaccard, shingles
@@ -181,21 +181,7 @@ def test_recall_and_precision_against_every_pair_of_5000_real_documents(tmp_path
     for _ in range(5000 - originals):
         texts.append(edited(texts[rng.randrange(originals)], rng, rng.choice((0, 0.002, 0.005, 0.01, 0.02))))
     texts = [normalize_text(text) for text in texts]
-    sets = [grams(text) for text in texts]
-
-    # Every pair by an inverted index of strings: documents that share an 8-gram, and how many.
-    holders: dict[str, list[int]] = defaultdict(list)
-    alike: dict[tuple[int, int], float] = {}
-    for place, mine in enumerate(sets):
-        common = np.zeros(place + 1, dtype=np.int64)
-        for gram in mine:
-            common[holders[gram]] += 1
-            holders[gram].append(place)
-        for other in np.flatnonzero(common):
-            similarity = common[other] / (len(mine) + len(sets[other]) - common[other])
-            if similarity >= 0.5:
-                alike[int(other), place] = float(similarity)
-
+    alike = alike_pairs([grams(text) for text in texts], least=0.5)
     kept, repeats = kept_and_repeats(
         write(tmp_path / "a.jsonl", texts), tmp_path / "out", monkeypatch, duplicates=LINES_OFF
     )
