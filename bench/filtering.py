@@ -2,7 +2,8 @@
 
 Every pipeline reads JSON lines and writes what it keeps, each in a process of its own with one worker; speed is MB of
 text per second of CPU time, which other processes disturb little. datatrove runs Gopher's repetition and quality rules,
-FineWeb's quality rules with FineWeb2's Korean thresholds, its masking and MinHash with 14 bands of 8: once on words split at white space, which costs it nothing, and once with Kiwi, which it takes for Korean.
+FineWeb's quality rules with FineWeb2's Korean thresholds, its masking and MinHash with 14 bands of 8: once on words
+split at white space, which costs it nothing, and once with Kiwi, which it takes for Korean.
 
 Near-duplicates: each tool finds them among real documents and edited copies of them; every pair is compared by brute
 force for recall (pairs with Jaccard of 0.85 and more of which one goes) and for the pairs below 0.7 that it reports.

@@ -120,6 +120,8 @@ SECTIONS = {
     "[base]": "BaseConfig",
     "[base.pretrain]": "PretrainConfig",
     "[filter]": "FilterConfig",
+    "[filter.duplicates]": "DuplicateConfig",
+    "[filter.perplexity]": "PerplexityConfig",
     "[filter.thresholds.RULE]": "Threshold",
     "[tokenizer]": "TokenizerConfig",
     "[init]": "InitConfig",
