@@ -1,7 +1,8 @@
 """Speed of the filter with one worker and with all cores, what it keeps of each source, and the parent's memory.
 
 Every pass runs in a process of its own, so that no pass finds memory or caches that another left; starting the workers
-counts. CPU time is that of all processes of a pass; wall time is that of the machine as busy as it was. The inputs should hold well over 16 MiB of text: below that the filter takes one process whatever it is told.
+counts. CPU time is that of all processes of a pass; wall time is that of the machine as busy as it was. The inputs
+should hold well over 16 MiB of text: below that the filter takes one process whatever it is told.
 """
 
 import multiprocessing

@@ -7,6 +7,7 @@ rule removed, alone and together with others. Nothing here needs torch; parquet 
 """
 
 from .config import DuplicateConfig, FilterConfig, PerplexityConfig
+from .decontaminate import Match, benchmark_files
 from .documents import BrokenRecord, Document, find_inputs, read_documents
 from .errors import CorpusError
 from .explain import Explanation, Verdict, explain_document, explain_file
@@ -27,6 +28,7 @@ __all__ = [
     "Explanation",
     "FilterConfig",
     "FilterSummary",
+    "Match",
     "MeasureOptions",
     "Measured",
     "PerplexityConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "SourceSummary",
     "Threshold",
     "Verdict",
+    "benchmark_files",
     "content_id",
     "explain_document",
     "explain_file",

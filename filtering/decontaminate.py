@@ -98,27 +98,38 @@ def load_benchmarks(files: tuple[str, ...]) -> Benchmarks:
     Raises CorpusError for a file that is missing, unreadable or holds no probe.
     """
     probes: dict[str, Probe] = {}
-    for name in files:
-        path = Path(name).expanduser()
-        inside = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise CorpusError(f"decontaminate: {name!r} holds no file that ends in one of {', '.join(SUFFIXES)}")
-        for file in inside:
-            few = len(probes)
-            label = f"{file.parent.name}/{file.name}"
-            for number, record in enumerate(_records(file), start=1):
-                for text in _texts(record):
-                    normal = normalize_text(text)
-                    if len(_NOT_WORD.sub("", normal)) >= STRETCH:
-                        probes.setdefault(normal, Probe(label, number, normal))
-            if len(probes) == few and len(inside) == 1:
-                raise CorpusError(f"decontaminate: {str(file)!r} holds no text of {STRETCH} or more letters")
+    for file in benchmark_files(files):
+        label = f"{file.parent.name}/{file.name}"
+        for number, record in enumerate(_records(file), start=1):
+            for text in _texts(record):
+                normal = normalize_text(text)
+                if len(_NOT_WORD.sub("", normal)) >= STRETCH:
+                    probes.setdefault(normal, Probe(label, number, normal))
+    if files and not probes:
+        raise CorpusError(f"decontaminate: {', '.join(files)} hold no text of {STRETCH} or more letters")
     return Benchmarks(list(probes.values()))
 
 
+def benchmark_files(names: Sequence[str]) -> list[Path]:
+    """Returns the benchmark files behind file names and folders, in a stable order.
+
+    Raises CorpusError for a name that gives no file, and for a named file of an unknown kind.
+    """
+    files = []
+    for name in names:
+        path = Path(name).expanduser()
+        inside = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not inside or inside[0].suffix not in SUFFIXES:
+            raise CorpusError(
+                f"decontaminate: {name!r} must be a file, or hold one, that ends in {', '.join(SUFFIXES)}"
+            )
+        if not inside[0].exists():
+            raise CorpusError(f"decontaminate: cannot read {name!r}: no such file")
+        files += inside
+    return files
+
+
 def _records(file: Path) -> Iterator[Any]:
-    if file.suffix not in SUFFIXES:
-        raise CorpusError(f"decontaminate: {str(file)!r} must end in one of {', '.join(SUFFIXES)}")
     try:
         text = decode_strictly(file.read_bytes())
     except OSError as error:

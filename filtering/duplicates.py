@@ -5,7 +5,7 @@ that is better, and whose true Jaccard similarity with it reaches the threshold:
 collapse into one. What stays depends on the texts alone, not on workers, shards or the order of files.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .work import BAND_COLUMNS, WorkFolder, locate, positions_of, write_atomical
 from .workers import Mapper
 
 _PAIRS_PER_GROUP = 20_480
+_EDGES_AT_A_TIME = 1_000_000
 _CHARACTERS_PER_BATCH, _PAIRS_PER_BATCH = 1 << 21, 1 << 15
 # Buckets beyond this size are those of templates: a document in one meets the best of it and its neighbours in rank.
 _BEST_OF_BUCKET, _NEIGHBOURS = 32, 8
@@ -36,12 +37,8 @@ def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float
         return
     shares = f"{low / columns}, {1 - high / columns}"
     with connect(folder, memory_gb, threads) as database:
-        bounds = [
-            database.execute(
-                f"SELECT quantile_disc(model_{column}, [{shares}]) FROM documents WHERE failed = 0"
-            ).fetchone()[0]
-            for column in range(columns)
-        ]
+        quantiles = ", ".join(f"quantile_disc(model_{column}, [{shares}])" for column in range(columns))
+        (bounds,) = database.execute(f"SELECT {quantiles} FROM documents WHERE failed = 0").fetchall()
     write_atomically(result, msgspec.json.encode(bounds))
 
 
@@ -242,30 +239,31 @@ class _Texts:
 
 def _insert_near(database: Any, edges: Path) -> None:
     """Goes from the best document to the worst, and drops what reaches the threshold with a document that stays."""
+    source = f"read_parquet('{quoted(edges / '*.parquet')}')"
+    ((documents,),) = database.execute("SELECT count(*) FROM ranked").fetchall()
+    dropped = bytearray(documents)
+    reader = database.cursor()
+    reader.execute(f"SELECT worse, better, jaccard FROM {source} ORDER BY worse, jaccard DESC, better")
+    while edges_read := reader.fetchmany(_EDGES_AT_A_TIME):
+        repeats = []
+        for worse, better, similarity in edges_read:
+            if not dropped[worse] and not dropped[better]:
+                dropped[worse] = 1
+                repeats.append((worse, better, similarity))
+        _insert_repeats(database, repeats)
+
+
+def _insert_repeats(database: Any, repeats: list[tuple[int, int, float]]) -> None:
     import pyarrow as pa
 
-    source = f"read_parquet('{quoted(edges / '*.parquet')}')"
-    documents = database.execute("SELECT count(*) FROM ranked").fetchone()[0]
-    dropped = bytearray(documents)
-    ordered = database.execute(f"SELECT worse, better, jaccard FROM {source} ORDER BY worse, jaccard DESC, better")
-    rows: list[tuple[int, int, float]] = []
-    # The cursor is read while rows are collected; they are inserted after it.
-    for worse, better, similarity in _rows(ordered):
-        if not dropped[worse] and not dropped[better]:
-            dropped[worse] = 1
-            rows.append((worse, better, similarity))
     schema = pa.schema([("rank", pa.int64()), ("of_rank", pa.int64()), ("jaccard", pa.float32())])
-    columns = [[row[column] for row in rows] for column in range(len(schema))]
+    columns = [[row[column] for row in repeats] for column in range(len(schema))]
     database.register("repeats", pa.table(columns, schema=schema))
     database.execute(
         """INSERT INTO near SELECT r.position, o.position, jaccard FROM repeats
         JOIN ranked r USING (rank) JOIN ranked o ON o.rank = of_rank"""
     )
-
-
-def _rows(cursor: Any) -> Iterable[tuple[int, int, float]]:
-    while rows := cursor.fetchmany(100_000):
-        yield from rows
+    database.unregister("repeats")
 
 
 def _parquet_file(path: Path) -> Any:

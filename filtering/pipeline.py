@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from .config import FilterConfig
-from .decontaminate import load_benchmarks
+from .decontaminate import benchmark_files, load_benchmarks
 from .documents import find_inputs, suffix_of
 from .duplicates import duplicates_of_shard, find_bounds, find_duplicates, improbable_rows
 from .errors import CorpusError
@@ -206,7 +206,6 @@ def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
     def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
         return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
-    benchmarks = [one for name in config.decontaminate for path in [Path(name)] for one in [path, *path.rglob("*")]]
     return {
         "thresholds": config.measure_options().resolved,
         "mask": sorted(config.mask),
@@ -214,7 +213,7 @@ def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
         "shard_mb": config.shard_mb,
         "duplicates": config.duplicates,
         "inputs": stats(paths),
-        "benchmarks": stats(path for path in benchmarks if path.exists()),
+        "benchmarks": stats(benchmark_files(config.decontaminate)),
         "perplexity": config.perplexity,
         "clean": stats(find_inputs(config.perplexity.train)) if config.perplexity is not None else [],
     }

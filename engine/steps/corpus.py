@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...filtering import filter_corpus, find_inputs
+from ...filtering import benchmark_files, filter_corpus, find_inputs
 from ..progress import Progress
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of
@@ -19,10 +19,14 @@ def units(context: Context) -> list[Unit]:
         return []
 
     def inputs() -> dict[str, str]:
-        return context.file_hashes(find_inputs(config.inputs))
+        clean = find_inputs(config.perplexity.train) if config.perplexity is not None else []
+        return context.file_hashes([*find_inputs(config.inputs), *clean, *benchmark_files(config.decontaminate)])
 
     def check() -> None:
         find_inputs(config.inputs)
+        if config.perplexity is not None:
+            find_inputs(config.perplexity.train)
+        benchmark_files(config.decontaminate)
 
     return [Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder), check)]
 

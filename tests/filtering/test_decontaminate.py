@@ -107,9 +107,9 @@ def test_contaminated_documents_are_dropped_and_listed(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", "{", "is damaged"),
-        ("a.tsv", "ID\tText\n1\t짧다\n", "holds no text of 16 or more letters"),
-        ("a.xml", "<a>", "must end in one of .tsv"),
-        (None, "", "cannot read .*: No such file"),
+        ("a.tsv", "ID\tText\n1\t짧다\n", "hold no text of 16 or more letters"),
+        ("a.xml", "<a>", "must be a file, or hold one, that ends in one of .tsv"),
+        (None, "", "cannot read .*: no such file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_clear_sentence(tmp_path, name, content, message):
