@@ -120,9 +120,8 @@ def benchmark_files(names: Sequence[str]) -> list[Path]:
         path = Path(name).expanduser()
         inside = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES) if path.is_dir() else [path]
         if not inside or inside[0].suffix not in SUFFIXES:
-            raise CorpusError(
-                f"decontaminate: {name!r} must be a file, or hold one, that ends in {', '.join(SUFFIXES)}"
-            )
+            known = ", ".join(SUFFIXES)
+            raise CorpusError(f"decontaminate: {name!r} must be a file, or hold one, that ends in one of {known}")
         if not inside[0].exists():
             raise CorpusError(f"decontaminate: cannot read {name!r}: no such file")
         files += inside
