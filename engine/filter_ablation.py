@@ -144,7 +144,7 @@ def run_ablation(recipe: Recipe, config: AblationConfig, say: Callable[[str], No
     sample = folder / "sample.jsonl"
     if not sample.exists():
         say(f"sampling {config.megabytes:g} MB of the inputs")
-        _write_sample(find_inputs(recipe.filter.inputs), config.megabytes, sample)
+        _write_sample(recipe.filter, config.megabytes, sample)
     heldout = {name: _byte_shards(folder / f"heldout-{name}", _texts(paths)) for name, paths in domains.items()}
     topics = Topics(list(_texts([sample], _TOPIC_DOCUMENTS)))
 
@@ -191,7 +191,7 @@ def _files(recipe: Recipe, domains: Mapping[str, list[Path]]) -> list[Path]:
     return [*find_inputs(recipe.filter.inputs), *(path for paths in domains.values() for path in paths)]
 
 
-def _write_sample(files: list[Path], megabytes: float, path: Path) -> None:
+def _write_sample(filters: FilterConfig, megabytes: float, path: Path) -> None:
     """The documents with the smallest hashes, up to so many megabytes, in the order of the hashes."""
     chosen: list[tuple[bytes, str, str, str]] = []
     size = 0
@@ -207,8 +207,8 @@ def _write_sample(files: list[Path], megabytes: float, path: Path) -> None:
             some.append(row)
         chosen, size = some, min(total, int(megabytes * 1e6))
 
-    for file in files:
-        for document in read_documents(file):
+    for file in find_inputs(filters.inputs):
+        for document in read_documents(file, html=filters.html):
             text = document.text.encode("utf-8", "surrogatepass")
             key = hashlib.blake2b(text + document.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             chosen.append((key, document.id, document.text, document.source))

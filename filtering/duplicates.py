@@ -22,7 +22,8 @@ from .workers import Mapper
 _PAIRS_PER_GROUP = 20_480
 _EDGES_AT_A_TIME = 1_000_000
 _CHARACTERS_PER_BATCH, _PAIRS_PER_BATCH = 1 << 21, 1 << 15
-# Buckets beyond this size are those of templates: a document in one meets the best of it and its neighbours in rank.
+# Larger buckets are those of templates: a document in one meets the best of it and those just before it in rank, so
+# that the pairs of a bucket grow as its documents do, not as their square.
 _BEST_OF_BUCKET, _NEIGHBOURS = 32, 8
 
 
@@ -163,7 +164,7 @@ def _write_pairs(database: Any, path: Path) -> None:
             UNION ALL
             SELECT a.rank, b.rank FROM
             (SELECT key, rank, place - unnest(range(1, {_NEIGHBOURS + 1})) AS place FROM bucket
-             WHERE place > {_BEST_OF_BUCKET + _NEIGHBOURS}) b
+             WHERE place > {_BEST_OF_BUCKET}) b
             JOIN bucket a ON a.key = b.key AND a.place = b.place"""
         )
     temporary = path.with_suffix(".tmp")
