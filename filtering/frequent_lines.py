@@ -71,13 +71,15 @@ class FrequentLines:
         often = counts >= self._block_documents
         if not often.any():
             return text
-        # The edge of the document counts as a frequent neighbour, where there is another.
-        edge = len(counts) > 1
-        before = np.concatenate(([edge], often[:-1]))
-        after = np.concatenate((often[1:], [edge]))
+        before = np.concatenate(([False], often[:-1]))
+        after = np.concatenate((often[1:], [False]))
+        block = often & before & after
+        # At the edge of the document one frequent neighbour is enough.
+        block[0] = often[0] and after[0]
+        block[-1] = often[-1] and before[-1]
         long = np.array([len(lines[place].strip()) >= SHORT for place in filled])
         frequent = counts > self._line_documents
-        boilerplate = (often & before & after) | (frequent & (long | before | after))
+        boilerplate = block | (frequent & (long | before | after))
         stays = frequent & (content_id / 2**64 * counts < self._line_documents)
         gone = {filled[place] for place in np.flatnonzero(boilerplate & ~stays)}
         if not gone:

@@ -45,6 +45,8 @@ def test_a_frequent_line_stays_in_about_fifty_documents_chosen_by_content():
 def test_a_short_frequent_line_stays_among_lines_of_its_own_document():
     reply = "\n".join(["선장이 물었다.", "정말이야?", "선원이 대답했다."])
     assert without(reply, {"정말이야?": 900}) == reply
+    heading = "\n".join(["제안이유", "고래를 지키는 법이 없다.", "주요내용"])
+    assert without(heading, {"제안이유": 900, "주요내용": 900}) == heading
     menu = "\n".join(["선장이 물었다.", "처음으로", "목록 보기", "선원이 대답했다."])
     assert without(menu, {"처음으로": 900, "목록 보기": 900}) == "선장이 물었다.\n선원이 대답했다."
 
