@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "bench" / "results"
 _PACKAGES = (
     *("redwhale", "torch", "triton", "sentencepiece", "numpy", "pyarrow", "tokenizers", "transformers"),
-    *("peft", "liger-kernel", "cut-cross-entropy", "bitsandbytes"),
+    *("peft", "liger-kernel", "cut-cross-entropy", "bitsandbytes", "duckdb", "datatrove", "datasketch", "rensa"),
 )
 
 

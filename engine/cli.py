@@ -1,4 +1,4 @@
-"""The command line: `redwhale run`, one command a step, and those for checkpoints and finished runs."""
+"""The command line: `redwhale run`, one command a step, and commands for data, plans, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[recipe], help="every step that is configured and out of date")
     run.set_defaults(command=_run, only=None, force=False)
     for name, text in _STEP_HELP.items():
-        step = commands.add_parser(name, parents=[recipe], help=text)
+        step = commands.add_parser(name, parents=[common if name == "filter" else recipe], help=text)
+        if name == "filter":
+            _add_explain(step)
         step.add_argument("--force", action="store_true", help="redo the step even if it is up to date")
         if name in ("train", "sft"):
             step.add_argument(
@@ -99,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="N", help="of an hour, for the cost")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     plan.set_defaults(command=_plan)
+
+    ablation = commands.add_parser(
+        "filter-ablation", parents=[recipe], help="what each group of filter rules is worth, by small proxy models"
+    )
+    ablation.add_argument("--megabytes", type=float, default=20.0, metavar="N", help="raw text that is sampled")
+    ablation.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="bytes that every model trains on")
+    ablation.add_argument("--seeds", type=int, default=3, metavar="N", help="models for each variant")
+    ablation.add_argument("--groups", default="", metavar="A,B", help="groups of rules; all by default")
+    ablation.set_defaults(command=_filter_ablation)
 
     generate = commands.add_parser("generate", parents=[common], help="text from a checkpoint")
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with weights and tokenizer.model")
@@ -172,7 +183,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_explain(step: argparse.ArgumentParser) -> None:
+    step.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="optional with --explain")
+    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as filter.workers=4")
+    step.add_argument("--explain", type=Path, metavar="FILE", help="print all scores of one document, filter nothing")
+    step.add_argument("--id", metavar="ID", help="of the document to explain; the file's first by default")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from ..filtering import FilterConfig, explain_file
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe is not None else None
+    config = (recipe and recipe.filter) or FilterConfig(inputs=[str(options.explain)])
+    print(explain_file(options.explain, config.measure_options(), identifier=options.id, html=config.html))
+
+
 def _run(options: argparse.Namespace) -> None:
+    if getattr(options, "explain", None) is not None:
+        _explain(options)
+        return
+    if options.recipe is None:
+        from ..filtering import CorpusError
+
+        raise CorpusError("filter needs a recipe, or --explain FILE to print the scores of one document")
     from .pipeline import run_recipe, table
     from .recipe import load_recipe
 
@@ -198,6 +232,20 @@ def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     for line in plan_recipe(recipe, options.gpu, model=options.model, price=options.price, output=options.json):
         print(line, flush=True)
+
+
+def _filter_ablation(options: argparse.Namespace) -> None:
+    from .filter_ablation import AblationConfig, ablation_table, run_ablation
+    from .recipe import load_recipe
+
+    config = AblationConfig(
+        megabytes=options.megabytes,
+        tokens=options.tokens,
+        seeds=options.seeds,
+        groups=tuple(filter(None, options.groups.split(","))),
+    )
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(ablation_table(run_ablation(recipe, config, say=lambda line: print(line, flush=True))))
 
 
 def _generate(options: argparse.Namespace) -> None:

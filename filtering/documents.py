@@ -1,21 +1,25 @@
-"""Finding input files and reading documents out of them: JSON lines, parquet and plain text."""
+"""Finding input files and reading documents out of them: JSON lines, parquet, plain text, HTML and WARC."""
 
 import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from .compression import damaged, open_decompressed
+from .encodings import decode_strictly
 from .errors import CorpusError
+from .web import WebPage, decode_page, extract_text, read_responses
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
+SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst"),
+    *(".html", ".htm", ".warc", ".warc.gz", ".warc.zst"),
+)
 
 _PARQUET_ROWS_PER_BATCH = 512
-_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(slots=True)
@@ -29,7 +33,7 @@ class Document:
 
 @dataclass(slots=True)
 class BrokenRecord:
-    """A record that holds no readable document; `record` counts lines (JSON lines) or rows (parquet) from 1."""
+    """A record that holds no readable document; `record` counts lines, rows (parquet) or responses (WARC) from 1."""
 
     path: Path
     record: int
@@ -43,7 +47,8 @@ class BrokenRecord:
 class RecordBatch:
     """Consecutive undecoded records of one file, cheap to send to another process.
 
-    `records` holds bytes (a JSON line, or the whole of a text file) or rows (text, id, source) of parquet;
+    `records` holds bytes (a JSON line, or the whole of a text or HTML file), rows (text, id, source) of parquet, or the
+    pages of a WARC file;
     `first_record` is the number of the first; `file_bytes` is how much of the file was consumed since the batch before.
     """
 
@@ -103,15 +108,19 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_documents(path: Path, *, on_broken: Callable[[BrokenRecord], None] | None = None) -> Iterator[Document]:
-    """Yields the documents of one .jsonl, .parquet or .txt file (one document), .gz and .zst included, as a stream.
+def read_documents(
+    path: Path, *, html: bool = False, on_broken: Callable[[BrokenRecord], None] | None = None
+) -> Iterator[Document]:
+    """Yields the documents of one .jsonl, .parquet, .txt, .html (one document) or .warc file as a stream.
 
-    Bytes are decoded as strict UTF-8, then as CP949. A record without an id gets `FILE NAME:RECORD NUMBER`, one
-    without a source the file name without its suffix. Every record that holds no text goes to `on_broken`.
+    All but parquet and HTML may be compressed (.gz, .zst). Bytes are decoded by `decode_strictly`. A record
+    without an id gets `FILE NAME:RECORD NUMBER`, a page its address, and one without a source the file name without its
+    suffix. Of pages the main text is taken, and where `html` is true also of the texts of the other formats. Every
+    record that holds no text goes to `on_broken`.
     Raises CorpusError when the file is missing or damaged, or a package that reads it is not installed.
     """
     for batch in read_batches(path):
-        documents, broken = decode_batch(batch)
+        documents, broken = decode_batch(batch, html=html)
         if on_broken is not None:
             for record in broken:
                 on_broken(record)
@@ -130,10 +139,13 @@ def read_batches(path: Path, *, batch_bytes: int = 1 << 20) -> Iterator[RecordBa
     if suffix == ".parquet":
         yield from _parquet_batches(path)
         return
-    whole_file = suffix.startswith(".txt")
+    whole_file = suffix.startswith((".txt", ".htm"))
     consumed = 0
     first_record = 1
     with open_decompressed(path) as (stream, file):
+        if suffix.startswith(".warc"):
+            yield from _warc_batches(path, stream, file, batch_bytes)
+            return
         if whole_file:
             yield RecordBatch(path, 1, [stream.read()], file.tell())
             return
@@ -147,8 +159,11 @@ def read_batches(path: Path, *, batch_bytes: int = 1 << 20) -> Iterator[RecordBa
             yield RecordBatch(path, first_record, [], file.tell() - consumed)
 
 
-def decode_batch(batch: RecordBatch) -> tuple[list[Document], list[BrokenRecord]]:
-    """Returns the documents of a batch and its broken records; a blank line is neither."""
+def decode_batch(batch: RecordBatch, *, html: bool = False) -> tuple[list[Document], list[BrokenRecord]]:
+    """Returns the documents of a batch and its broken records; a blank line is neither.
+
+    With `html` the texts of JSON lines, parquet and text files are taken for HTML too.
+    """
     suffix = suffix_of(batch.path) or ""
     stem = batch.path.name[: len(batch.path.name) - len(suffix)]
     documents: list[Document] = []
@@ -157,13 +172,19 @@ def decode_batch(batch: RecordBatch) -> tuple[list[Document], list[BrokenRecord]
         try:
             if suffix == ".parquet":
                 text, identifier, source = record
-                text = decode_text(text) if isinstance(text, bytes) else text
+                text = _decoded(text) if isinstance(text, bytes) else text
             elif suffix.startswith(".jsonl"):
                 if not record.strip():
                     continue
                 text, identifier, source = _parse_json(record)
+            elif suffix.startswith(".warc"):
+                text, identifier, source = _page_text(record), record.url, None
+            elif suffix.startswith(".htm"):
+                text, identifier, source = extract_text(decode_page(record)), None, None
             else:
-                text, identifier, source = decode_text(record), None, None
+                text, identifier, source = _decoded(record), None, None
+            if html and text and not suffix.startswith((".warc", ".htm")):
+                text = extract_text(text)
             if not text or text.isspace():
                 raise _Unreadable("the text is empty")
         except _Unreadable as error:
@@ -183,22 +204,15 @@ class _Unreadable(Exception):
     pass
 
 
-def decode_text(data: bytes) -> str:
-    """Decodes strict UTF-8 (a byte-order mark is dropped), else CP949.
-
-    Strict UTF-8 never accepts Korean CP949 text of useful length, so the order decides without a detector.
-    """
-    data = data.removeprefix(_UTF8_BOM)
-    for encoding in ("utf-8", "cp949"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise _Unreadable("the bytes are neither UTF-8 nor CP949")
+def _decoded(data: bytes) -> str:
+    text = decode_strictly(data)
+    if text is None:
+        raise _Unreadable("the bytes are neither UTF-8 nor CP949")
+    return text
 
 
 def _parse_json(line: bytes) -> tuple[str, Any, Any]:
-    text = decode_text(line)
+    text = _decoded(line)
     try:
         record = _decode_json(text)
     except msgspec.ValidationError as error:
@@ -220,10 +234,32 @@ def _parse_surrogates(text: str) -> _JsonRecord | None:
         return None
 
 
+def _page_text(page: WebPage) -> str:
+    if page.refused is not None:
+        raise _Unreadable(page.refused)
+    return extract_text(decode_page(page.body, page.charset))
+
+
 def _files_below(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if suffix_of(path) is not None and path.is_file())
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     return sorted(visible)
+
+
+def _warc_batches(path: Path, stream: BinaryIO, file: BinaryIO, batch_bytes: int) -> Iterator[RecordBatch]:
+    pages: list[WebPage] = []
+    consumed = size = 0
+    first_record = 1
+    for page in read_responses(stream, path):
+        pages.append(page)
+        size += len(page.body)
+        if size >= batch_bytes:
+            position = file.tell()
+            yield RecordBatch(path, first_record, list(pages), position - consumed)
+            first_record += len(pages)
+            consumed, size, pages = position, 0, []
+    if pages or file.tell() > consumed:
+        yield RecordBatch(path, first_record, list(pages), file.tell() - consumed)
 
 
 def _parquet_batches(path: Path) -> Iterator[RecordBatch]:

@@ -14,6 +14,10 @@ _INVISIBLE = re.compile(
 )
 # Every space separator, and the two Hangul fillers that pages use as blanks.
 _SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u3164\uffa0]")
+_MARKS = "!?~♡♥★☆^"
+_REPEATED = re.compile(rf"([ㅋㅎㅠㅜㅡㅇㄷㄱㅂㅅㅉㄲㅗㅏㅓㅣ{_MARKS}])\1{{2,}}")
+_PAIRS = ("ㅋㅎ", "ㅎㅋ", "ㅠㅜ", "ㅜㅠ")
+_REPEATED_PAIR = re.compile(rf"({'|'.join(_PAIRS)})\1{{2,}}")
 _BLANK_LINES = re.compile("\n{3,}")
 
 _HANGUL = re.compile("[가-힣]")
@@ -28,18 +32,31 @@ _WINDOWS_1252 = {
 def normalize_text(text: str) -> str:
     """Returns `text` in NFC with plain spaces and newlines and without control or zero-width characters.
 
-    Lines lose trailing blanks, two or more blank lines become one, and blanks around the whole text go. Words, repeated
-    letters, digits and indentation stay as they are. U+FFFD stays too, and unpaired surrogates become U+FFFD: the rules
-    judge them. Idempotent, in linear time.
+    Lines lose trailing blanks, two or more blank lines become one, and blanks around the whole text go. A run of three
+    or more of one emoticon jamo, or of a pair of them, keeps two (좋아ㅋㅋㅋㅋ becomes 좋아ㅋㅋ), and one of four
+    or more exclamation, question, tilde or heart marks keeps three. Words, digits, dots and indentation stay as they
+    are. U+FFFD stays too, and unpaired surrogates become U+FFFD: the rules judge them. Idempotent, in linear time.
     """
-    text = _SURROGATE.sub("\ufffd", text)
-    text = _NEWLINE.sub("\n", text)
-    text = _INVISIBLE.sub("", text)
-    text = _SPACE.sub(" ", text)
+    # Most text needs none of the four; isprintable is false for all that they look for but the fillers.
+    if not text.replace("\n", "").replace("\t", "").isprintable() or "\u3164" in text or "\uffa0" in text:
+        text = _SURROGATE.sub("\ufffd", text)
+        text = _NEWLINE.sub("\n", text)
+        text = _INVISIBLE.sub("", text)
+        text = _SPACE.sub(" ", text)
     text = unicodedata.normalize("NFC", text)
-    # Not a regex: `[ \t]+$` takes quadratic time on a long run of blanks inside a line.
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
-    return _BLANK_LINES.sub("\n\n", text).strip()
+    text = _REPEATED.sub(_shortened, text)
+    if any(pair in text for pair in _PAIRS):
+        text = _REPEATED_PAIR.sub(r"\1\1", text)
+    if " \n" in text or "\t\n" in text:
+        # Not a regex: `[ \t]+$` takes quadratic time on a long run of blanks inside a line.
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    if "\n\n\n" in text:
+        text = _BLANK_LINES.sub("\n\n", text)
+    return text.strip()
+
+
+def _shortened(run: re.Match[str]) -> str:
+    return run[0][: 3 if run[1] in _MARKS else 2]
 
 
 def repair_mojibake(text: str) -> str:

@@ -1,88 +1,78 @@
 """From raw files to a normalised, filtered, deduplicated and explained corpus in parquet files."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from .documents import BrokenRecord, RecordBatch, decode_batch, find_inputs, read_batches, suffix_of
+from .config import FilterConfig
+from .decontaminate import benchmark_files, load_benchmarks
+from .documents import find_inputs, suffix_of
+from .duplicates import duplicates_of_shard, find_bounds, find_duplicates, improbable_rows
 from .errors import CorpusError
-from .normalize import content_id, normalize_text, repair_mojibake
-from .rules import RULES, prepare
-from .summary import FilterSummary, ScoredDocument, Tally, Threshold, snippet
-from .workers import available_cores, ordered_map
+from .frequent_lines import FrequentLines, count_lines
+from .language_model import train_model
+from .ray_workers import RayWorkers
+from .report import write_report
+from .rules import RULES
+from .summary import (
+    CORPUS_RULES,
+    EXACT_DUPLICATE,
+    FREQUENT_LINES,
+    NEAR_DUPLICATE,
+    PERPLEXITY,
+    FilterSummary,
+    ScoredDocument,
+    Tally,
+    empty_summary,
+    snippet,
+)
+from .work import (
+    Unit,
+    WorkFolder,
+    cut_into_units,
+    measure_shard,
+    measure_unit,
+    missing_shards,
+    scored_documents,
+    write_atomically,
+)
+from .workers import Mapper, Workers, available_cores
 from .writer import SplitWriter, remove_old_outputs
 
 # Starting a spawned worker takes about as long as filtering a few megabytes of text.
 _WORKERS_PAY_FROM_BYTES = 16 << 20
 _USUAL_COMPRESSION_RATIO = 4
-_BATCH_BYTES = 1 << 20
-
-
-class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to filter and how; raises CorpusError for a value out of range and for an unknown rule."""
-
-    inputs: list[str]  # files, folders and globs: .jsonl, .txt (also .gz, .zst) and .parquet
-    workers: int = 0  # processes that filter; 0 takes every core; the result is the same for any number
-    validation_fraction: float = 0.01  # share of the kept documents that is held out, chosen by their content
-    thresholds: dict[str, Threshold] = {}  # changes to the rules, by rule name
-    documents_per_file: int = 100_000  # documents in each parquet file
-    examples_per_rule: int = 3  # dropped documents that the summary shows for each rule
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise CorpusError(f"workers must be 0 (every core) or more, not {self.workers}")
-        if not 0 <= self.validation_fraction < 1:
-            raise CorpusError(f"validation_fraction must be at least 0 and below 1, not {self.validation_fraction}")
-        if self.documents_per_file < 1:
-            raise CorpusError(f"documents_per_file must be at least 1, not {self.documents_per_file}")
-        if self.examples_per_rule < 0:
-            raise CorpusError(f"examples_per_rule must be at least 0, not {self.examples_per_rule}")
-        names = [rule.name for rule in RULES]
-        for name in self.thresholds:
-            if name not in names:
-                raise CorpusError(f"thresholds names an unknown rule {name!r}: the rules are {', '.join(names)}")
-        for name, threshold in zip(names, resolve_thresholds(self.thresholds), strict=True):
-            bounds = [bound for bound in (threshold.minimum, threshold.maximum) if bound is not None]
-            if any(map(math.isnan, bounds)) or bounds != sorted(bounds):
-                raise CorpusError(
-                    f"thresholds.{name} lets nothing pass: minimum {threshold.minimum}, maximum {threshold.maximum}"
-                )
-
-
-def resolve_thresholds(changes: dict[str, Threshold]) -> list[Threshold]:
-    """Returns the threshold of every rule, in the order of `RULES`, with the changes made."""
-    resolved = []
-    for rule in RULES:
-        change = changes.get(rule.name, Threshold())
-        resolved.append(
-            Threshold(
-                minimum=rule.minimum if change.minimum is None else change.minimum,
-                maximum=rule.maximum if change.maximum is None else change.maximum,
-                enabled=change.enabled,
-            )
-        )
-    return resolved
+MEGABYTE = 1 << 20
+_PLACES = {name: len(RULES) + place for place, name in enumerate(CORPUS_RULES)}
 
 
 def filter_corpus(
-    config: FilterConfig, output_dir: Path, *, progress: Callable[[int], None] | None = None
+    config: FilterConfig,
+    output_dir: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> FilterSummary:
-    """Filters `config.inputs` into `train-00000.parquet`, `validation-00000.parquet`, ... and `summary.json`.
+    """Filters `config.inputs` into `train-00000.parquet`, `validation-00000.parquet`, ..., summary.json, report.html.
 
-    Every document is normalised and scored by every rule; those that pass all rules and repeat no earlier text are
-    kept, in input order. A text goes to validation when its content id lies below that fraction of 2^64, so that the
-    choice depends on nothing else. All files are byte-identical for any number of workers; each is renamed into place
-    when complete, summary.json last. Outputs of an earlier run in the folder are removed first.
+    Every document is normalised and scored by every rule; those that pass all rules and repeat no other are kept, in
+    input order, without their boilerplate lines. A text goes to validation when its content id lies below that fraction
+    of 2^64, so that the choice depends on nothing else. All files are byte-identical for any number of workers, shard
+    size and engine; each is renamed into place when complete, summary.json last. Outputs of an earlier run in the
+    folder are removed first.
 
-    The set of content ids is held in memory: about 100 bytes a distinct document.
+    What is in memory does not grow with the input: three shards a worker and the `memory_gb` of the joins, and a byte
+    for each document that passes the rules. The folder `work`, deleted at the end, takes the text that passes the
+    rules and some 200 bytes a document. A run that was stopped goes on with the shards that it had not measured yet.
 
     Args:
         output_dir: made when missing; must not hold the inputs.
-        progress: called with the bytes of input files consumed since the last call; they sum to the files' sizes.
+        progress: called with the bytes of input files measured since the last call; they sum to the files' sizes.
+        say: called with a sentence when one of the parts begins that follow the measuring.
 
     Raises:
         CorpusError: no input, an unreadable or damaged file, a missing package, or nothing left after filtering.
@@ -92,81 +82,141 @@ def filter_corpus(
     for path in paths:
         if path.resolve().is_relative_to(output_dir.resolve()):
             raise CorpusError(f"input {str(path)!r} lies in the output folder {str(output_dir)!r}: write elsewhere")
+    folder = WorkFolder(output_dir.resolve() / "work")
+    if config.decontaminate:
+        load_benchmarks(config.decontaminate)  # what cannot be read is said before any work
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_old_outputs(output_dir)
-
-    thresholds = resolve_thresholds(config.thresholds)
-    tally = Tally(RULES, thresholds, config.examples_per_rule)
-    validation_below = int(config.validation_fraction * 2**64)
-    seen: set[int] = set()
-    results = ordered_map(partial(score_batch, thresholds=thresholds), _batches(paths), _worker_count(config, paths))
-    with (
-        closing(results),
-        SplitWriter(output_dir, "train", config.documents_per_file) as train,
-        SplitWriter(output_dir, "validation", config.documents_per_file) as validation,
-    ):
-        for documents, broken, file_bytes in results:
-            for record in broken:
-                tally.add_broken(record)
-            for document in documents:
-                duplicate = document.content_id in seen
-                seen.add(document.content_id)
-                held_out = document.content_id < validation_below
-                if tally.add(document, duplicate=duplicate, validation=held_out):
-                    (validation if held_out else train).write(document)
-            if progress is not None:
-                progress(file_bytes)
-        summary = tally.finish()
-        _check_something_is_left(summary)
-    temporary = output_dir / "summary.json.tmp"
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
-    temporary.replace(output_dir / "summary.json")
+    folder.open(_fingerprint(config, paths))
+    workers = _worker_count(config, paths)
+    units = cut_into_units(paths, config.shard_mb * MEGABYTE)
+    if config.perplexity is not None and not folder.language_model.exists():
+        say("training the language model")
+        train_model(config.perplexity.method, config.perplexity.train, folder.language_model)
+    settings = {"memory_gb": config.memory_gb, "threads": workers}
+    with RayWorkers(workers) if config.engine == "ray" else Workers(workers) as pool:
+        _measure(config, folder, units, pool, progress or (lambda _: None))
+        names = [name for unit in units for name in folder.shards(unit.number)]
+        if config.perplexity is not None:
+            find_bounds(folder, config.perplexity.low, config.perplexity.high, **settings)
+        say("looking for documents that repeat others")
+        find_duplicates(folder, config.duplicates.jaccard, map_=pool.map, **settings)
+        if config.duplicates.line_documents:
+            say("counting lines of many documents")
+            count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=pool.map)
+        say("writing what is kept")
+        summary = _write(config, folder, names, output_dir, pool.map)
+    if not summary.documents_out:
+        folder.remove()
+        raise _nothing_left(summary)
+    write_atomically(output_dir / "report.html", write_report(summary).encode("utf-8"))
+    write_atomically(output_dir / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    folder.remove()
     return summary
 
 
-def score_batch(
-    batch: RecordBatch, *, thresholds: list[Threshold]
-) -> tuple[list[ScoredDocument], list[BrokenRecord], int]:
-    """Returns the batch's documents with their scores, its broken records, and its file bytes."""
-    documents, broken = decode_batch(batch)
-    scored = []
-    for document in documents:
-        repaired = repair_mojibake(document.text)
-        text = normalize_text(repaired)
-        prepared = prepare(text)
-        scores = [rule.score(prepared) for rule in RULES]
-        failed = [
-            index
-            for index, (score, threshold) in enumerate(zip(scores, thresholds, strict=True))
-            if not passes(score, threshold)
-        ]
-        scored.append(
-            ScoredDocument(
-                id=normalize_text(document.id),
-                source=normalize_text(document.source),
-                text=snippet(text) if failed else text,
-                bytes_in=len(document.text.encode("utf-8", "surrogatepass")),
-                bytes_out=len(text.encode("utf-8")),
-                content_id=content_id(text),
-                scores=scores,
-                failed=failed,
-                repaired=repaired is not document.text,
-            )
-        )
-    return scored, broken, batch.file_bytes
+def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tuple[Tally, list[ScoredDocument]]:
+    """Returns the counts of a measured shard, and its kept documents in order."""
+    options = config.measure_options()
+    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+    info = folder.info(name)
+    tally.add_broken(info.broken_records, info.broken_examples)
+    tally.summary.matches += info.matches
+    duplicates = duplicates_of_shard(folder, name)
+    documents = scored_documents(folder, name)
+    for row in improbable_rows(folder, name):
+        documents[row].failed.append(_PLACES[PERPLEXITY])
+    for row, of in duplicates.items():
+        documents[row].failed.append(_PLACES[EXACT_DUPLICATE if of is None else NEAR_DUPLICATE])
+    if config.duplicates.line_documents:
+        _take_lines([document for document in documents if not document.failed], folder, config)
+    validation_below = int(config.validation_fraction * 2**64)
+    kept = [one for one in documents if tally.add(one, validation=one.content_id < validation_below)]
+    if documents:
+        tally.add_scores(np.array([document.scores for document in documents]))
+    return tally, kept
 
 
-def passes(score: float, threshold: Threshold) -> bool:
-    """Returns whether a score lies in the closed range, which a disabled threshold leaves open."""
-    if not threshold.enabled:
-        return True
-    above = threshold.minimum is None or score >= threshold.minimum
-    return above and (threshold.maximum is None or score <= threshold.maximum)
+def _measure(
+    config: FilterConfig,
+    folder: WorkFolder,
+    units: list[Unit],
+    pool: Workers | RayWorkers,
+    progress: Callable[[int], None],
+) -> None:
+    measure = partial(
+        measure_shard,
+        folder=folder,
+        options=config.measure_options(),
+        html=config.html,
+        benchmarks=config.decontaminate,
+    )
+    shard_bytes = config.shard_mb * MEGABYTE
+    if isinstance(pool, RayWorkers):
+        # Its processes read the inputs themselves, so that no text goes through this one.
+        done = pool.map(partial(measure_unit, folder=folder, measure=measure, shard_bytes=shard_bytes), units)
+    else:
+        done = pool.map(measure, missing_shards(units, folder, shard_bytes, progress))
+    with closing(done):
+        for file_bytes in done:
+            progress(file_bytes)
 
 
-def _batches(paths: list[Path]) -> Iterator[RecordBatch]:
-    for path in paths:
-        yield from read_batches(path, batch_bytes=_BATCH_BYTES)
+def _write(config: FilterConfig, folder: WorkFolder, names: list[str], output_dir: Path, map_: Mapper) -> FilterSummary:
+    options = config.measure_options()
+    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+    validation_below = int(config.validation_fraction * 2**64)
+    with (
+        closing(map_(partial(finish_shard, folder=folder, config=config), names)) as results,
+        SplitWriter(output_dir, "train", config.documents_per_file) as train,
+        SplitWriter(output_dir, "validation", config.documents_per_file) as validation,
+    ):
+        for part, documents in results:
+            tally.merge(part)
+            for document in documents:
+                (validation if document.content_id < validation_below else train).write(document)
+    return tally.finish()
+
+
+def _take_lines(documents: list[ScoredDocument], folder: WorkFolder, config: FilterConfig) -> None:
+    """Takes boilerplate lines out of documents, which fail when too little is left."""
+    settings = config.duplicates
+    frequent = FrequentLines.load(
+        folder, line_documents=settings.line_documents, block_documents=settings.block_documents
+    )
+    texts = frequent.without([document.text for document in documents], [document.content_id for document in documents])
+    shortest = max(config.measure_options().resolved["length"].minimum or 0, 1)
+    for document, text in zip(documents, texts, strict=True):
+        if text == document.text:
+            continue
+        if len(text) < shortest:
+            document.failed.append(_PLACES[FREQUENT_LINES])
+            document.text = snippet(document.text)
+            continue
+        lines = [sum(map(bool, map(str.strip, one.split("\n")))) for one in (document.text, text)]
+        document.lines_removed = lines[0] - lines[1]
+        size = len(text.encode("utf-8"))
+        document.bytes_of_lines = document.bytes_out - size
+        document.text, document.bytes_out = text, size
+
+
+def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
+    """What decides the contents of the work folder."""
+
+    def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+    return {
+        "thresholds": config.measure_options().resolved,
+        "mask": sorted(config.mask),
+        "html": config.html,
+        "shard_mb": config.shard_mb,
+        "duplicates": config.duplicates,
+        "inputs": stats(paths),
+        "benchmarks": stats(benchmark_files(config.decontaminate)),
+        "perplexity": config.perplexity,
+        "clean": stats(find_inputs(config.perplexity.train)) if config.perplexity is not None else [],
+    }
 
 
 def _worker_count(config: FilterConfig, paths: list[Path]) -> int:
@@ -178,14 +228,12 @@ def _worker_count(config: FilterConfig, paths: list[Path]) -> int:
     return workers if text_bytes >= _WORKERS_PAY_FROM_BYTES else 1
 
 
-def _check_something_is_left(summary: FilterSummary) -> None:
-    if summary.documents_out:
-        return
+def _nothing_left(summary: FilterSummary) -> CorpusError:
     if not summary.documents_in:
-        first = f"; the first of {summary.broken_records} broken records is {summary.broken_examples[0]}"
-        raise CorpusError("the inputs hold no documents" + (first if summary.broken_records else ""))
+        first = f"; the first of {summary.broken_records} broken records is " + "".join(summary.broken_examples[:1])
+        return CorpusError("the inputs hold no documents" + (first if summary.broken_records else ""))
     worst = max(summary.rules, key=lambda rule: rule.dropped_documents)
-    raise CorpusError(
+    return CorpusError(
         f"no document is left of {summary.documents_in}: rule {worst.name!r} ({worst.description}) dropped most, "
         f"{worst.dropped_documents}; widen thresholds.{worst.name}, or look at the inputs"
     )

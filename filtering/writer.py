@@ -13,7 +13,7 @@ from .summary import ScoredDocument
 # Row groups end where the documents say so, never where a batch ends: files depend on the kept documents alone.
 _ROW_GROUP_DOCUMENTS = 8192
 _ROW_GROUP_BYTES = 32 << 20
-_OUTPUT_NAME = re.compile(r"(train|validation)-\d{5,}\.parquet(\.tmp)?|summary\.json(\.tmp)?")
+_OUTPUT_NAME = re.compile(r"(train|validation)-\d{5,}\.parquet(\.tmp)?|(summary\.json|report\.html)(\.tmp)?")
 
 
 def remove_old_outputs(output_dir: Path) -> None:
@@ -39,7 +39,7 @@ class SplitWriter:
             raise CorpusError('writing parquet needs pyarrow: pip install "redwhale[filtering]"') from error
         self._pa, self._pq = pa, pq
         columns = [("id", pa.string()), ("text", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
-        self._schema = pa.schema(columns + [(rule.name, pa.float32()) for rule in RULES])
+        self._schema = pa.schema(columns + [(name, pa.float32()) for name in RULES])
         self._output_dir = output_dir
         self._split = split
         self._documents_per_file = documents_per_file

@@ -120,6 +120,8 @@ SECTIONS = {
     "[base]": "BaseConfig",
     "[base.pretrain]": "PretrainConfig",
     "[filter]": "FilterConfig",
+    "[filter.duplicates]": "DuplicateConfig",
+    "[filter.perplexity]": "PerplexityConfig",
     "[filter.thresholds.RULE]": "Threshold",
     "[tokenizer]": "TokenizerConfig",
     "[init]": "InitConfig",
@@ -193,7 +195,7 @@ def test_the_table_of_rules_has_their_thresholds():
 
     rows = tables("rule")["[filter.thresholds.RULE]"]
     documented = [(name, text, number(low), number(high)) for name, (text, low, high) in rows.items()]
-    assert documented == [(rule.name, rule.description, rule.minimum, rule.maximum) for rule in RULES]
+    assert documented == [(rule.name, rule.description, rule.minimum, rule.maximum) for rule in RULES.values()]
 
 
 # What the text names.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...filtering import filter_corpus, find_inputs
+from ...filtering import benchmark_files, filter_corpus, find_inputs
 from ..progress import Progress
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of
@@ -19,10 +19,14 @@ def units(context: Context) -> list[Unit]:
         return []
 
     def inputs() -> dict[str, str]:
-        return context.file_hashes(find_inputs(config.inputs))
+        clean = find_inputs(config.perplexity.train) if config.perplexity is not None else []
+        return context.file_hashes([*find_inputs(config.inputs), *clean, *benchmark_files(config.decontaminate)])
 
     def check() -> None:
         find_inputs(config.inputs)
+        if config.perplexity is not None:
+            find_inputs(config.perplexity.train)
+        benchmark_files(config.decontaminate)
 
     return [Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder), check)]
 
@@ -33,7 +37,7 @@ def run_filter(context: Context, folder: Path) -> StepResult:
     assert config is not None
     total = sum(path.stat().st_size for path in find_inputs(config.inputs))
     with Progress("filter", total, "B") as progress:
-        summary = filter_corpus(config, folder, progress=progress.update)
+        summary = filter_corpus(config, folder, progress=progress.update, say=lambda part: print(f"filter: {part}"))
     return StepResult(
         summary=msgspec.to_builtins(summary),
         outputs=sorted(path.name for path in folder.glob("*.parquet")),

@@ -120,7 +120,7 @@ def token_ratio_rows() -> list[str]:
 def filter_rows() -> list[str]:
     result = read(BENCH / "results" / "filter_speed.json")
     speeds = [
-        f"| {speed['workers']} | {speed['mb_per_second']:.1f} | {speed['peak_memory_of_parent_mb']:.0f} |"
+        f"| {speed['workers']} | {speed['mb_per_cpu_second']:.2f} | {speed['peak_memory_of_parent_mb']:.0f} |"
         for speed in result["speeds"]
     ]
     sources = [

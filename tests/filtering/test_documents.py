@@ -221,3 +221,13 @@ def test_no_inputs_and_unreadable_paths_are_clear(tmp_path):
             list(read_documents(tmp_path / name))
     with pytest.raises(CorpusError, match="must end in one of"):
         list(read_documents(tmp_path / "gone.pdf"))
+
+
+def test_utf_16_is_read_by_its_byte_order_mark(tmp_path):
+    for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        (tmp_path / "notepad.txt").write_bytes(mark + TEXTS[0].encode(encoding))
+        assert [d.text for d in read_documents(tmp_path / "notepad.txt")] == [TEXTS[0]]
+    (tmp_path / "notepad.txt").write_bytes(b"\xff\xfe" + TEXTS[0].encode("utf-16-le") + b"\x00")
+    documents, broken = read(tmp_path / "notepad.txt")
+    assert not documents
+    assert [one.reason for one in broken] == ["the bytes are neither UTF-8 nor CP949"]

@@ -24,7 +24,7 @@ def test_normalisation_is_idempotent_and_gives_encodable_nfc(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "영화 진짜 좋아ㅋㅋㅋㅋ ㅠㅠㅠㅠ 최고!!!!!",
+        "영화 진짜 좋아ㅋㅋ ㅠㅠ 최고!!!",
         "보증금 1100000 원, 전화: 02)123-4567 (평일 9시~18시)",
         "주문번호 2024-0001-000123 은 010-1234-5678 과 다르다...",
         "def f(x):\n    return x  # 들여쓰기\n\n표\t열",
@@ -52,6 +52,32 @@ def test_words_numbers_repeats_and_indentation_are_not_damaged(text):
 )
 def test_each_kind_of_noise_is_normalised(raw, expected):
     assert normalize_text(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("좋아ㅋㅋㅋㅋ", "좋아ㅋㅋ"),
+        ("진짜ㅠㅠㅠㅠㅠ 슬퍼ㅜㅜㅜ", "진짜ㅠㅠ 슬퍼ㅜㅜ"),
+        ("ㅠㅜㅠㅜㅠㅜㅠㅜ", "ㅠㅜㅠㅜ"),
+        ("ㅋㅋㅋㅋㅎㅎㅎㅎ", "ㅋㅋㅎㅎ"),
+        ("최고!!!!!!! 정말???? 음~~~~~", "최고!!! 정말??? 음~~~"),
+        ("♥♥♥♥♥", "♥♥♥"),
+        ("좋아ㅋㅋ 응ㅋ 와!!! 네~", "좋아ㅋㅋ 응ㅋ 와!!! 네~"),
+        ("하하하하하하 아아아아 1100000원 ..... ----- ======", "하하하하하하 아아아아 1100000원 ..... ----- ======"),
+        ("wooooow aaaa 00000", "wooooow aaaa 00000"),
+    ],
+)
+def test_emoticon_runs_are_shortened_and_nothing_else(raw, expected):
+    assert normalize_text(raw) == expected
+
+
+@given(st.text(alphabet="ㅋㅎㅠㅜㅡ!~♥가 ", max_size=60))
+def test_shortening_runs_is_idempotent_and_keeps_every_letter_it_met(text):
+    once = normalize_text(text)
+    assert normalize_text(once) == once
+    assert set(once) - {" "} == set(text) - {" "}
+    assert once.count("가") == text.count("가")
 
 
 def test_content_id_is_the_little_endian_blake2b_of_the_utf8_bytes():

@@ -5,7 +5,7 @@ import pytest
 
 from redwhale.filtering import RULES, normalize_text, prepare
 
-RULE = {rule.name: rule for rule in RULES}
+RULE = RULES
 
 PROSE = (
     "고래는 바다에 사는 포유류로, 폐로 숨을 쉬기 때문에 정기적으로 물 위로 올라와야 한다. "
@@ -44,7 +44,7 @@ def failing(text: str) -> set[str]:
     document = prepare(normalize_text(text))
     return {
         rule.name
-        for rule in RULES
+        for rule in RULES.values()
         if not (rule.minimum if rule.minimum is not None else float("-inf"))
         <= rule.score(document)
         <= (rule.maximum if rule.maximum is not None else float("inf"))
@@ -93,7 +93,7 @@ def test_each_rule_finds_what_it_is_for(rule, text):
     [
         ("length", "가나 다", 4),
         ("korean_ratio", "가나 ab", 0.5),
-        ("korean_ratio", "좋아ㅋㅋㅋㅋ", 2 / 6),
+        ("korean_ratio", "좋아ㅋㅋㅋㅋ", 2 / 4),
         ("grammar_ratio", "고래는 바다에 산다 (동물), 로그인 Python을", 4 / 6),
         ("eojeol_length", "하나 둘셋넷\n다", 2.0),
         ("symbol_ratio", "가격은 #1, $5!", 2 / 9),
@@ -123,11 +123,11 @@ def test_decomposed_korean_counts_as_korean_after_normalisation():
 @pytest.mark.parametrize("text", ["", "가", " ", "\n", "ㅋ", "\U0001f433", "\U00020000 \U000f0000 \U0010ffff"])
 def test_every_rule_scores_tiny_and_exotic_texts(text):
     document = prepare(text)
-    for rule in RULES:
+    for rule in RULES.values():
         assert 0 <= rule.score(document) < 100
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.name not in ("length", "eojeol_length")])
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES.values() if rule.name not in ("length", "eojeol_length")])
 @pytest.mark.parametrize("text", [*GOOD, MENU, SPAM, MARKUP, "가 " * 500, "가\n" * 500, "가나 다 " * 100, "…\n" * 9])
 def test_ratios_lie_between_zero_and_one(rule, text):
     assert 0 <= score(rule, text) <= 1
@@ -135,7 +135,7 @@ def test_ratios_lie_between_zero_and_one(rule, text):
 
 def test_rules_have_distinct_names_and_say_what_they_measure():
     assert len(RULE) == len(RULES)
-    for rule in RULES:
+    for rule in RULES.values():
         assert rule.description
         assert rule.minimum is not None or rule.maximum is not None
 
@@ -150,11 +150,11 @@ def test_time_grows_linearly_on_repeated_characters(unit):
         text = "x" + unit * (characters // len(unit)) + "x"
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             document = prepare(normalize_text(text))
-            for rule in RULES:
+            for rule in RULES.values():
                 rule.score(document)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     seconds(1000)

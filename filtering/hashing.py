@@ -1,0 +1,47 @@
+"""Hashes of stretches of characters, made for whole batches with numpy and the same on every machine.
+
+The hash of a stretch is a polynomial of its characters' hashes modulo 2^64, taken from prefix sums.
+"""
+
+import functools
+
+import numpy as np
+
+TABLE_SIZE = 0x20000
+"""Characters from here on, rare CJK ideographs, share one hash."""
+
+MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
+
+
+def character_codes(text: str) -> np.ndarray:
+    """Returns the code points of a text (intp), those beyond the table as its last."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return np.minimum(codes, TABLE_SIZE - 1).astype(np.intp)
+
+
+def character_hashes(text: str) -> np.ndarray:
+    """Returns 64 well-mixed bits for each character of a text (uint64)."""
+    return mixed_table().take(character_codes(text))
+
+
+@functools.cache
+def mixed_table() -> np.ndarray:
+    """Well-mixed bits for every character code: the finaliser of SplitMix64."""
+    mixed = np.arange(1, TABLE_SIZE + 1, dtype=np.uint64) * MULTIPLIERS[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns at least `count` powers of the polynomials' base, and their inverses modulo 2^64 (uint64)."""
+    return _powers(max(1 << 18, 1 << count.bit_length()))
+
+
+@functools.lru_cache(maxsize=4)
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    base = int(MULTIPLIERS[1])
+    factors = np.full(count, base, dtype=np.uint64)
+    inverse_factors = np.full(count, pow(base, -1, 2**64), dtype=np.uint64)
+    factors[0] = inverse_factors[0] = 1
+    return np.cumprod(factors), np.cumprod(inverse_factors)

@@ -1,0 +1,29 @@
+import os
+
+import pytest
+from filtering_corpus import mixed_corpus, outputs
+
+from redwhale.filtering import CorpusError, FilterConfig, filter_corpus, pipeline
+from redwhale.filtering.ray_workers import RayWorkers
+
+pytest.importorskip("ray", reason='the engine "ray" needs the extra scale')
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_ray_keeps_the_same_documents_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    mixed_corpus(tmp_path / "in")
+    monkeypatch.setattr(pipeline, "_WORKERS_PAY_FROM_BYTES", 0)
+    settings = {"inputs": [str(tmp_path / "in")], "workers": 2, "validation_fraction": 0.2, "documents_per_file": 50}
+    reported: list[int] = []
+    filter_corpus(FilterConfig(**settings), tmp_path / "local")
+    with RayWorkers(2):  # the run takes the cluster that is there
+        filter_corpus(FilterConfig(**settings, engine="ray"), tmp_path / "ray", progress=reported.append)
+        assert outputs(tmp_path / "ray") == outputs(tmp_path / "local")
+        assert sum(reported) == sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+
+        (tmp_path / "in" / "a.jsonl.gz").write_bytes(os.urandom(100))
+        with pytest.raises(CorpusError, match="a.jsonl.gz' is damaged"):
+            filter_corpus(FilterConfig(**settings, engine="ray"), tmp_path / "damaged")
