@@ -31,7 +31,13 @@ def test_a_calls_choice_comes_before_the_global_one():
             assert not started()
             assert started(backend="triton")
         assert started()
-    assert not started()  # auto leaves everything that is not on a GPU to PyTorch
+    assert started()  # auto plans for a GPU while starts are captured
+
+
+def test_auto_leaves_what_is_not_on_a_gpu_to_pytorch():
+    x = torch.randn(4, 16)
+    assert not backend_module.use_triton("auto", x)
+    assert not backend_module.use_triton("auto", x.to("meta"))
 
 
 def test_the_global_choice_lasts_until_the_next_and_a_block_gives_it_back_after_an_error():

@@ -3,6 +3,7 @@ import torch
 from tiny import TINY, tiny_model
 
 from redwhale.model import CheckpointError, PackedDocuments, extend_checkpoint, load_model, save_model
+from redwhale.model.init_methods import NewVocabulary
 from redwhale.model.vocab_remap import remap_checkpoint
 
 
@@ -26,7 +27,7 @@ def test_rows_of_kept_tokens_give_the_same_bits(checkpoint, tmp_path):
 
 
 def test_extending_keeps_the_logits_of_old_tokens_to_the_bit(checkpoint, tmp_path):
-    extend_checkpoint(checkpoint, tmp_path / "m", [[3, 4]] * 100)
+    extend_checkpoint(checkpoint, tmp_path / "m", NewVocabulary([[3, 4]] * 100))
     ids = list(range(3, 40))
     assert torch.equal(logits(tmp_path / "m", ids)[:, : TINY.vocab_size], logits(checkpoint, ids))
 
