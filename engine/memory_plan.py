@@ -34,12 +34,16 @@ _CUDA_BLOCK = 512
 class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the device, by what they are for."""
 
-    resting: dict[Kind, int]
-    """Between two steps."""
     peak: dict[Kind, int]
     """When their sum is highest."""
     moment: str
-    """When that is: "setup", "forward", "loss", "backward" or "update"."""
+    """When that is: "setup", "forward", "backward" or "update"."""
+    micro_batches: int
+    """Of a step that was taken."""
+    tokens: int
+    """Of all micro-batches of such a step."""
+    model_flops: int
+    """Of such a step, as `training_flops` counts."""
 
     @property
     def peak_bytes(self) -> int:
@@ -51,6 +55,11 @@ class _WatchedStep(TrainStep):
     """A step that says where it is."""
 
     allocations: Allocations
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of all steps so far."""
+        return self._flops
 
     def forward_backward(self, step: int, micro_batches: list[Batch], num_targets: int) -> Tensor:
         sums = super().forward_backward(step, micro_batches, num_targets)
@@ -88,6 +97,7 @@ def stage_memory(
     loop = msgspec.structs.replace(loop_of(stage, loop), compile=False)
     sequences = min(loop.resolved_micro_batch_size, loop.batch_size)
     count = min(2, -(-loop.batch_size // sequences))
+    tokens = count * sequences * sequence_length
     place = "meta" if device == "gpu" else "cpu"
     allocations = Allocations(place, granularity=_CUDA_BLOCK if device == "gpu" else 1)
     allocations.logit_columns = config.vocab_size
@@ -114,14 +124,20 @@ def stage_memory(
                 allocations.costs = costs
             allocations.kind = "other"
             batches = [_batch(sequences, sequence_length, place) for _ in range(count)]
-            step.take(number, batches, count * sequences * sequence_length)
+            step.take(number, batches, tokens)
             del batches
             allocations.moment = "resting"
             _label_state(step, allocations)
             if number == 0:
                 # What the first step makes and keeps is there in all others, and has its label now.
                 allocations.start_over()
-        return StageMemory(resting=dict(allocations.live), peak=dict(allocations.peak), moment=allocations.peak_moment)
+        return StageMemory(
+            peak=dict(allocations.peak),
+            moment=allocations.peak_moment,
+            micro_batches=count,
+            tokens=tokens,
+            model_flops=step.flops // 2,
+        )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from .gpus import Gpu, find_gpu
 from .loop_config import LoopConfig, loop_of
 from .recipe import Recipe
 from .run_folder import RunFolder, write_json
-from .run_plan import CONTEXT_BYTES, FRAGMENTS, StagePlan, fastest_fit, plan_stage, remedy
+from .run_plan import CONTEXT_BYTES, FRAGMENTS, StagePlan, fastest_fit, least_of, plan_stage, remedy
 from .stages import Stage
 
 PAPER_TOKENS, PAPER_HOURS = 9_700_000_000, 498
@@ -99,12 +99,10 @@ def _planned(
     stage = msgspec.structs.replace(stage, micro_batch_size=None, activations=None)
     free = msgspec.structs.replace(loop, micro_batch_size="auto", activations="auto")
     best = fastest_fit(config, stage, free, gpu, **options)
+    plan = None
     if loop.is_auto:
-        plan = fastest_fit(config, stage, loop, gpu, **options)
-        least = msgspec.structs.replace(free, micro_batch_size=1, activations="full")
-        plan = plan or plan_stage(config, stage, least, gpu, **options)
-    else:
-        plan = plan_stage(config, stage, loop, gpu, **options)
+        plan = best if loop == free else fastest_fit(config, stage, loop, gpu, **options)
+    plan = plan or plan_stage(config, stage, least_of(loop), gpu, **options)
     notes = []
     if not plan.fits:
         notes.append(f"{stage.name} {remedy(config, stage, loop, gpu, **options)}")

@@ -12,11 +12,9 @@ from ..model import Llama, ModelConfig
 from ..model.activations import Activations
 from .allocations import Costs, Kind
 from .errors import RecipeError
-from .flops import attention_pairs, training_flops
 from .gpus import Gpu, gpu_at_hand, this_machine
 from .loop_config import LoopConfig, loop_of
 from .memory_plan import Device, stage_memory
-from .selectors import freeze_all_but, select_parameters
 from .stages import Stage
 
 CONTEXT_BYTES = 1_000_000_000
@@ -101,12 +99,9 @@ def plan_stage(
         config, stage, loop, sequence_length=sequence_length, dtype=dtype, first_new_row=first_new_row, costs=costs,
         device=device,
     )  # fmt: skip
-    sequences = min(loop.resolved_micro_batch_size, loop.batch_size)
-    micro_batches = -(-loop.batch_size // sequences)
-    planned = min(2, micro_batches)  # in the step that was looked at
+    micro_batches = -(-loop.batch_size // min(loop.resolved_micro_batch_size, loop.batch_size))
     update = costs.seconds.get("update", 0.0)
-    passes = (sum(costs.seconds.values()) - update) * micro_batches / planned
-    tokens = planned * sequences * sequence_length
+    passes = (sum(costs.seconds.values()) - update) * micro_batches / memory.micro_batches
     return StagePlan(
         stage=stage.name,
         optimizer=stage.optimizer,
@@ -116,25 +111,11 @@ def plan_stage(
         moment=memory.moment,
         reserve=CONTEXT_BYTES + int(FRAGMENTS * memory.peak_bytes),
         fits=CONTEXT_BYTES + (1 + FRAGMENTS) * memory.peak_bytes <= gpu.bytes,
-        model_flops_per_token=_model_flops(config, stage, sequence_length, first_new_row),
-        hardware_flops_per_token=sum(costs.flops.values()) / tokens,
+        model_flops_per_token=memory.model_flops / memory.tokens,
+        hardware_flops_per_token=sum(costs.flops.values()) / memory.tokens,
         tokens_per_second=loop.batch_size * sequence_length / (passes + update),
         tokens=stage.tokens,
     )
-
-
-def _model_flops(config: ModelConfig, stage: Stage, sequence_length: int, first_new_row: int | None) -> float:
-    from ..model import add_lora
-
-    with torch.device("meta"):
-        model = Llama(config)
-    if stage.uses_lora:
-        add_lora(model, **msgspec.structs.asdict(stage.lora))
-    trained = select_parameters(model, stage.train, first_new_row=first_new_row)
-    freeze_all_but(model, trained)
-    active = {name: trained[name] for name in stage.active(list(trained), 0, 0)}
-    pairs = attention_pairs([sequence_length], config.sliding_window)
-    return training_flops(config, active).of(sequence_length, pairs) / sequence_length
 
 
 def fastest_fit(config: ModelConfig, stage: Stage, loop: LoopConfig, gpu: Gpu, **options: Any) -> StagePlan | None:
@@ -186,6 +167,13 @@ def _largest_fit(
     return found
 
 
+def least_of(loop: LoopConfig) -> LoopConfig:
+    """The loop with what takes least memory in place of "auto"."""
+    size = 1 if loop.micro_batch_size == "auto" else loop.micro_batch_size
+    policy = "full" if loop.activations == "auto" else loop.activations
+    return msgspec.structs.replace(loop, micro_batch_size=size, activations=policy)
+
+
 def remedy(config: ModelConfig, stage: Stage, loop: LoopConfig, gpu: Gpu, **options: Any) -> str:
     """What would make a stage fit, in one line: changes one after the other, the cheapest first, until it does.
 
@@ -200,11 +188,7 @@ def remedy(config: ModelConfig, stage: Stage, loop: LoopConfig, gpu: Gpu, **opti
         ("in_backward = true", {"in_backward": True}, {}),
         ('masters = "stochastic"', {"masters": "stochastic"}, {}),
     ]
-    loop = loop_of(stage, loop)
-    if loop.is_auto:  # and nothing fits
-        least = {"micro_batch_size": 1} if loop.micro_batch_size == "auto" else {}
-        least |= {"activations": "full"} if loop.activations == "auto" else {}
-        loop = msgspec.structs.replace(loop, **least)
+    loop = least_of(loop_of(stage, loop))
     stage = msgspec.structs.replace(stage, micro_batch_size=None, activations=None)
     made: dict[str, str] = {}
     plan = None

@@ -20,7 +20,7 @@ import numpy as np
 
 from .encodings import decode_strictly
 from .errors import CorpusError
-from .hashing import character_hashes, powers
+from .hashing import MULTIPLIERS, SpanHashes, character_hashes
 from .normalize import normalize_text
 
 STRETCH = 16
@@ -180,12 +180,8 @@ def _stretches(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of every stretch of letters and digits of each text (uint64), and the text of each."""
     squeezed = [_NOT_WORD.sub("", text) for text in texts]
     sizes = np.fromiter(map(len, squeezed), dtype=np.int64, count=len(squeezed))
-    characters = character_hashes("".join(squeezed))
-    factors, inverses = powers(len(characters))
-    sums = np.zeros(len(characters) + 1, dtype=np.uint64)
-    np.cumsum(characters * factors[: len(characters)], out=sums[1:])
+    span_hashes = SpanHashes(character_hashes("".join(squeezed)))
     counts = np.maximum(sizes - STRETCH + 1, 0)
     text = np.repeat(np.arange(len(texts)), counts)
     start = np.arange(len(text)) - (np.cumsum(counts) - counts)[text] + (np.cumsum(sizes) - sizes)[text]
-    hashes = (sums[start + STRETCH] - sums[start]) * inverses[start]
-    return hashes * np.uint64(0xD6E8FEB86659FD93), text
+    return span_hashes(start, start + STRETCH) * MULTIPLIERS[1], text

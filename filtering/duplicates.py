@@ -33,9 +33,9 @@ def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float
     They cut these shares of the documents that pass the rules, copies counted: of two scores each cuts half of them.
     """
     result = folder.path / "bounds.json"
-    columns = load_model(folder.language_model).columns
     if result.exists():
         return
+    columns = load_model(folder.language_model).columns
     shares = f"{low / columns}, {1 - high / columns}"
     with connect(folder, memory_gb, threads) as database:
         quantiles = ", ".join(f"quantile_disc(model_{column}, [{shares}])" for column in range(columns))

@@ -33,13 +33,22 @@ def mixed_table() -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at least `count` powers of the polynomials' base, and their inverses modulo 2^64 (uint64)."""
-    return _powers(max(1 << 18, 1 << count.bit_length()))
+class SpanHashes:
+    """Polynomial hashes modulo 2^64 of any spans of a sequence of characters, given as well-mixed bits (uint64)."""
+
+    def __init__(self, characters: np.ndarray):
+        factors, self._inverses = _powers(max(1 << 18, 1 << len(characters).bit_length()))
+        self._sums = np.zeros(len(characters) + 1, dtype=np.uint64)
+        np.cumsum(characters * factors[: len(characters)], out=self._sums[1:])
+
+    def __call__(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Returns the hashes of spans [start, end), wherever they lie (uint64)."""
+        return (self._sums[ends] - self._sums[starts]) * self._inverses[starts]
 
 
 @functools.lru_cache(maxsize=4)
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Powers of the polynomials' base, and their inverses modulo 2^64 (uint64)."""
     base = int(MULTIPLIERS[1])
     factors = np.full(count, base, dtype=np.uint64)
     inverse_factors = np.full(count, pow(base, -1, 2**64), dtype=np.uint64)

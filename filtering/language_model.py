@@ -13,7 +13,7 @@ import numpy as np
 
 from .documents import find_inputs, read_documents
 from .errors import CorpusError
-from .hashing import character_hashes, powers
+from .hashing import MULTIPLIERS, SpanHashes, character_hashes
 from .normalize import normalize_text
 
 METHODS = ("ngram", "prior")
@@ -24,7 +24,7 @@ _TABLE_BITS = 22
 _SMOOTHING = np.float32(2.0)
 _CHARACTERS_PER_BATCH = 1 << 16
 _EDGE = "\n" * (ORDER - 1)
-_FOLD = np.uint64(0xD6E8FEB86659FD93)
+_FOLD = MULTIPLIERS[1]
 
 
 class NgramModel:
@@ -172,14 +172,11 @@ def _places(texts: Sequence[str], orders: int = ORDER) -> tuple[list[np.ndarray]
     padded = [f"{_EDGE}{text}\n" for text in texts]
     sizes = np.fromiter(map(len, padded), dtype=np.int64, count=len(padded))
     characters = character_hashes("".join(padded))
-    factors, inverses = powers(len(characters))
-    sums = np.zeros(len(characters) + 1, dtype=np.uint64)
-    np.cumsum(characters * factors[: len(characters)], out=sums[1:])
+    span_hashes = SpanHashes(characters)
     end = np.arange(1, len(characters) + 1)
     places = []
     for order in range(1, orders + 1):
-        start = np.maximum(end - order, 0)
-        hashes = (sums[end] - sums[start]) * inverses[start]
+        hashes = span_hashes(np.maximum(end - order, 0), end)
         places.append(((hashes ^ (hashes >> np.uint64(29))) * _FOLD >> np.uint64(64 - _TABLE_BITS)).astype(np.intp))
     owner = np.repeat(np.arange(len(texts)), sizes)
     return places, owner, np.arange(len(characters)) - (np.cumsum(sizes) - sizes)[owner]

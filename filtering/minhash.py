@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .hashing import character_hashes, powers
+from .hashing import MULTIPLIERS, SpanHashes, character_hashes
 
 VERSION = 1
 """Of the shingles and the band keys: results of two versions cannot be compared."""
@@ -31,7 +31,7 @@ _FACTORS = _GENERATOR.integers(2**62, 2**64 - 1, _PERMUTATIONS, dtype=np.uint64,
 # Where an empty bin takes its value from, attempt by attempt.
 _DONORS = np.stack([_GENERATOR.permutation(_BINS) for _ in range(4 * _BINS)])
 _OWNER_BITS, _HASH_BITS = np.uint64(16), np.uint64(48)
-_FOLD = np.uint64(0xD6E8FEB86659FD93)
+_FOLD = MULTIPLIERS[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,13 @@ def shingles(texts: Sequence[str]) -> Shingles:
     """Hashes every run of `SHINGLE` characters of each text, white space left out; a shorter text is one shingle."""
     squeezed = ["".join(text.split()) for text in texts]
     sizes = np.fromiter(map(len, squeezed), dtype=np.int64, count=len(squeezed))
-    characters = character_hashes("".join(squeezed))
-    factors, inverses = powers(len(characters))
-    sums = np.zeros(len(characters) + 1, dtype=np.uint64)
-    np.cumsum(characters * factors[: len(characters)], out=sums[1:])
+    span_hashes = SpanHashes(character_hashes("".join(squeezed)))
     counts = np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
     text = np.repeat(np.arange(len(texts)), counts)
     first = np.cumsum(sizes) - sizes
     start = np.arange(len(text)) - (np.cumsum(counts) - counts)[text] + first[text]
     end = np.minimum(start + SHINGLE, (first + sizes)[text])
-    hashes = (sums[end] - sums[start]) * inverses[start]
+    hashes = span_hashes(start, end)
     # The low bits of a polynomial modulo 2^64 are those of few characters.
     hashes ^= hashes >> np.uint64(32)
     hashes *= _FOLD

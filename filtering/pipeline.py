@@ -117,8 +117,7 @@ def filter_corpus(
 
 def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tuple[Tally, list[ScoredDocument]]:
     """Returns the counts of a measured shard, and its kept documents in order."""
-    options = config.measure_options()
-    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+    tally = _empty_tally(config)
     info = folder.info(name)
     tally.add_broken(info.broken_records, info.broken_examples)
     tally.summary.matches += info.matches
@@ -130,7 +129,7 @@ def finish_shard(name: str, *, folder: WorkFolder, config: FilterConfig) -> tupl
         documents[row].failed.append(_PLACES[EXACT_DUPLICATE if of is None else NEAR_DUPLICATE])
     if config.duplicates.line_documents:
         _take_lines([document for document in documents if not document.failed], folder, config)
-    validation_below = int(config.validation_fraction * 2**64)
+    validation_below = _validation_below(config)
     kept = [one for one in documents if tally.add(one, validation=one.content_id < validation_below)]
     if documents:
         tally.add_scores(np.array([document.scores for document in documents]))
@@ -163,9 +162,8 @@ def _measure(
 
 
 def _write(config: FilterConfig, folder: WorkFolder, names: list[str], output_dir: Path, map_: Mapper) -> FilterSummary:
-    options = config.measure_options()
-    tally = Tally(empty_summary(list(options.resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
-    validation_below = int(config.validation_fraction * 2**64)
+    tally = _empty_tally(config)
+    validation_below = _validation_below(config)
     with (
         closing(map_(partial(finish_shard, folder=folder, config=config), names)) as results,
         SplitWriter(output_dir, "train", config.documents_per_file) as train,
@@ -176,6 +174,16 @@ def _write(config: FilterConfig, folder: WorkFolder, names: list[str], output_di
             for document in documents:
                 (validation if document.content_id < validation_below else train).write(document)
     return tally.finish()
+
+
+def _empty_tally(config: FilterConfig) -> Tally:
+    resolved = config.measure_options().resolved
+    return Tally(empty_summary(list(resolved.values()), config.duplicates.jaccard), config.examples_per_rule)
+
+
+def _validation_below(config: FilterConfig) -> int:
+    """The content id from which on a document is for training."""
+    return int(config.validation_fraction * 2**64)
 
 
 def _take_lines(documents: list[ScoredDocument], folder: WorkFolder, config: FilterConfig) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .hashing import MULTIPLIERS, TABLE_SIZE, character_codes, mixed_table, powers
+from .hashing import MULTIPLIERS, TABLE_SIZE, SpanHashes, character_codes, mixed_table
 from .wordlists import find_listed
 
 _KINDS = (*("other", "space", "hangul", "jamo", "latin", "han", "foreign", "digit", "punctuation", "symbol", "broken"),)
@@ -132,9 +132,8 @@ class _Words:
         self._document = document
         self._documents = documents
         self._first = np.cumsum(lengths) - lengths
-        factors, self._inverses = powers(len(characters))
-        self._sums = np.zeros(len(characters) + 1, dtype=np.uint64)
-        np.cumsum(characters * factors[: len(characters)], out=self._sums[1:])
+        self._character_count = len(characters)
+        self._hash = SpanHashes(characters)
         self._hashes = self._hash(self._first, self._first + lengths)
         self.per_document: list[int] = np.bincount(document, minlength=documents).tolist()
         self.long: list[int] = self._characters(lengths > LONG_EOJEOL)
@@ -171,10 +170,6 @@ class _Words:
         total = np.bincount(document, minlength=self._documents)
         return total.tolist(), np.bincount(repeated.astype(np.intp), minlength=self._documents).tolist()
 
-    def _hash(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Polynomial hashes modulo 2^64 of spans [start, end) of characters, wherever they lie."""
-        return (self._sums[ends] - self._sums[starts]) * self._inverses[starts]
-
     def _groups(self, n: int, candidates: np.ndarray) -> "_Groups":
         """Groups equal n-grams of one document among those that begin at a candidate (bool of each n-gram)."""
         length = max(len(self._lengths) - n + 1, 0)
@@ -203,7 +198,7 @@ class _Words:
         """Characters under the n-gram with the most characters in all, where it occurs twice; the first wins a tie."""
         several = np.flatnonzero(grams.count > 1)
         starts = grams.where[grams.first[several]]
-        length_sums = np.concatenate((self._first, [len(self._sums) - 1]))
+        length_sums = np.concatenate((self._first, [self._character_count]))
         weight = grams.count[several] * (length_sums[starts + grams.n] - length_sums[starts])
         document = self._document[starts]
         order = np.lexsort((starts, -weight, document))

@@ -194,12 +194,8 @@ def _similarity(context: Context, pair: HybridVocabulary, texts: FitTexts | None
     rows = CheckpointReader(second).tensor(EMBEDDING)
     if len(rows) < len(donor.names):
         raise RecipeError(f"{donor.path} has {len(donor.names)} pieces but {second} has {len(rows)} rows: not a pair")
-    return second_vocabulary_vectors(
-        rows,
-        donor.surfaces,
-        pair.surfaces,
-        donor.spell(pair.surfaces[pair.first_new_row :]),
-    )
+    surfaces = pair.surfaces
+    return second_vocabulary_vectors(rows, donor.surfaces, surfaces, donor.spell(surfaces[pair.first_new_row :]))
 
 
 def _measure(
