@@ -102,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     plan.set_defaults(command=_plan)
 
+    fetching = commands.add_parser(
+        "fetch", parents=[common], help="copy a published step from an object store, checked"
+    )
+    fetching.add_argument("url", metavar="URL", help="such as s3://bucket/shards, the output of [filter] or [pack]")
+    fetching.add_argument("folder", type=Path, metavar="FOLDER", help="such as runs/NAME/pack")
+    fetching.set_defaults(command=_fetch)
+
     ablation = commands.add_parser(
         "filter-ablation", parents=[recipe], help="what each group of filter rules is worth, by small proxy models"
     )
@@ -232,6 +239,16 @@ def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     for line in plan_recipe(recipe, options.gpu, model=options.model, price=options.price, output=options.json):
         print(line, flush=True)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from .copies import fetch
+    from .progress import Progress
+
+    with Progress("fetch", None, "B") as progress:
+        manifest = fetch(options.url, options.folder, progress.update)
+    size = sum(recorded["bytes"] for recorded in manifest["outputs"].values())
+    print(f"{options.folder}: {manifest['step']}, {len(manifest['outputs']):,} files, {size / 1e6:.1f} MB, all checked")
 
 
 def _filter_ablation(options: argparse.Namespace) -> None:

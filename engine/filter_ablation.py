@@ -24,6 +24,7 @@ from ..filtering import (
     DuplicateConfig,
     FilterConfig,
     FilterSummary,
+    InputFile,
     Threshold,
     filter_corpus,
     find_inputs,
@@ -186,7 +187,7 @@ def ablation_table(variants: Iterable[Variant]) -> str:
     return "\n".join(lines)
 
 
-def _files(recipe: Recipe, domains: Mapping[str, list[Path]]) -> list[Path]:
+def _files(recipe: Recipe, domains: Mapping[str, list[InputFile]]) -> list[InputFile]:
     assert recipe.filter is not None
     return [*find_inputs(recipe.filter.inputs), *(path for paths in domains.values() for path in paths)]
 
@@ -223,7 +224,7 @@ def _write_sample(filters: FilterConfig, megabytes: float, path: Path) -> None:
     staging.replace(path)
 
 
-def _texts(paths: Iterable[Path], most: int | None = None) -> Iterator[str]:
+def _texts(paths: Iterable[InputFile], most: int | None = None) -> Iterator[str]:
     texts = (document.text for path in paths for document in read_documents(path))
     for number, text in enumerate(texts):
         if most is not None and number >= most:

@@ -22,6 +22,7 @@ from .eval_config import EvalConfig
 from .init_choice import Choice
 from .loop_config import LoopConfig
 from .optimizer_config import AboveZero, NotNegative, OptimizerName
+from .packing import Engine
 from .plans import plan_stages
 from .schedules import Schedule
 from .selectors import check_selectors
@@ -124,10 +125,14 @@ class InitConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 class PackConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the filtered corpus, and others beside it, become token shards."""
 
+    engine: Engine = "local"
+    """Processes of this machine, or Ray Data on as many machines as its cluster has."""
     workers: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Processes that tokenise; 0 for one a core."""
     extra: dict[str, tuple[str, ...]] = {}
     """Other corpora by name, for mixes: files, folders and globs as for `filter.inputs`, packed unfiltered."""
+    output: str | None = None
+    """Address on an object store, such as s3://bucket/shards, that gets a copy of the shards, the manifest last."""
 
     def __post_init__(self) -> None:
         for name, paths in self.extra.items():

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..filtering import InputFile, RemoteFile
 from .errors import RunError
 
 MANIFEST = "manifest.json"
@@ -83,10 +84,16 @@ class RunFolder:
         """SHA-256 of a file; computed again only when its size or modification time has changed."""
         return self.file_hashes([path])[0]
 
-    def file_hashes(self, paths: Iterable[Path]) -> list[str]:
-        """`file_hash` of many files, in order; what was computed is written down once, at the end."""
+    def file_hashes(self, paths: Iterable[InputFile]) -> list[str]:
+        """`file_hash` of many files, in order; what was computed is written down once, at the end.
+
+        Files of an object store are not read for it: theirs is the store's version with the size.
+        """
         known, digests, new = self._hash_cache(), [], False
         for path in paths:
+            if isinstance(path, RemoteFile):
+                digests.append(f"{path.version}, {path.size} bytes")
+                continue
             resolved = Path(path).resolve()
             status = resolved.stat()
             stamp = [status.st_size, status.st_mtime_ns]

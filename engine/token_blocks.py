@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ..filtering.documents import RecordBatch, decode_batch
+from ..filtering import InputFile
+from ..filtering.documents import RecordBatch, decode_batch, read_batches
 from ..tokenizer import Tokenizer
 from ..tokenizer.chunked_encoder import ChunkedEncoder
+
+BATCH_BYTES = 1 << 20
+"""Of the records that become a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The files that a shard is made of."""
+
+    shard: Path
+    """Its path without suffix."""
+    files: tuple[InputFile, ...]
+
+    def records(self) -> Iterator[Records]:
+        """Its documents in order; a shard without any has one empty block."""
+        yield Records(self.shard, [])
+        for path in self.files:
+            for batch in read_batches(path, batch_bytes=BATCH_BYTES):
+                yield Records(self.shard, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +69,45 @@ def tokenize_records(records: Records, *, tokenizer: Path) -> TokenBlock:
     Raises:
         TokenizerError: if there is no tokenizer at that path.
     """
-    content = records.content
-    if isinstance(content, list):
-        texts, file_bytes = content, 0
-    else:
-        texts, file_bytes = [document.text for document in decode_batch(content)[0]], content.file_bytes
-    return TokenBlock(records.shard, *_tokenize(texts, encoder_of(tokenizer)), file_bytes)
+    return _tokenized(records, encoder_of(tokenizer))
+
+
+def tokenize_files(shard: ShardFiles, *, model: bytes) -> Iterator[TokenBlock]:
+    """Read and tokenise the files of a shard, on a machine that need not see the tokenizer's file.
+
+    Args:
+        shard: the files; they must be there for this machine.
+        model: contents of `tokenizer.model`.
+
+    Raises:
+        CorpusError: for a file that is missing or damaged.
+    """
+    encoder = _encoder_of_model(model)
+    for records in shard.records():
+        yield _tokenized(records, encoder)
 
 
 @lru_cache(maxsize=1)
 def encoder_of(path: Path) -> ChunkedEncoder:
     """The encoder of the tokenizer at a path, made once in a process."""
     return ChunkedEncoder(Tokenizer(path))
+
+
+@lru_cache(maxsize=1)
+def _encoder_of_model(model: bytes) -> ChunkedEncoder:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(model)
+        return ChunkedEncoder(Tokenizer(path))
+
+
+def _tokenized(records: Records, encoder: ChunkedEncoder) -> TokenBlock:
+    content = records.content
+    if isinstance(content, list):
+        texts, file_bytes = content, 0
+    else:
+        texts, file_bytes = [document.text for document in decode_batch(content)[0]], content.file_bytes
+    return TokenBlock(records.shard, *_tokenize(texts, encoder), file_bytes)
 
 
 def _tokenize(texts: Iterable[str], encoder: ChunkedEncoder) -> tuple[np.ndarray, np.ndarray, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..filtering import find_inputs, read_documents
+from ..filtering import InputFile, find_inputs, read_documents
 from ..model import CheckpointReader, ModelConfig, parameter_count, preset
 from ..model.vocab_remap import remap_checkpoint
 from ..tokenizer import (
@@ -170,7 +170,7 @@ def _config(overrides: Sequence[str]) -> TokenizerConfig:
         raise RecipeError(f"tokenizer: {error}") from None
 
 
-def _named(text: str) -> tuple[str, list[Path]]:
+def _named(text: str) -> tuple[str, list[InputFile]]:
     name, separator, path = text.partition("=")
     if not separator or not name:
         raise RecipeError(f"{text!r} does not name its domain; write it as NAME=PATH")
@@ -178,8 +178,8 @@ def _named(text: str) -> tuple[str, list[Path]]:
 
 
 def _corpus(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    sources: dict[Path, str] = {}
-    paths: list[Path] = []
+    sources: dict[InputFile, str] = {}
+    paths: list[InputFile] = []
     for argument in arguments:
         if "=" in argument and not Path(argument).exists():
             name, files = _named(argument)

@@ -16,6 +16,7 @@ from .normalize import content_id, normalize_text, repair_mojibake
 from .pipeline import filter_corpus
 from .prepare import PreparedDocument, prepare, prepare_batch
 from .rules import RULES, Rule, Threshold, passes, resolve_thresholds
+from .storage import InputFile, RemoteFile
 from .summary import Example, FilterSummary, RuleSummary, SourceSummary
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "Explanation",
     "FilterConfig",
     "FilterSummary",
+    "InputFile",
     "Match",
     "MeasureOptions",
     "Measured",
     "PerplexityConfig",
     "PreparedDocument",
+    "RemoteFile",
     "Rule",
     "RuleSummary",
     "SourceSummary",

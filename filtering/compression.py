@@ -5,16 +5,16 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import CorpusError
+from .storage import InputFile, network_errors, unreadable
 
 _CHUNK_BYTES = 1 << 17
 
 
 @contextlib.contextmanager
-def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def open_decompressed(path: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Opens a file as (decompressed stream, file), the second of which tells how far the first has read.
 
     Raises CorpusError, also from reads inside the `with` block, when the file is missing, unreadable or damaged.
@@ -29,11 +29,11 @@ def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 yield file, file
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedStream) as error:
         raise damaged(path, error) from error
-    except OSError as error:
-        raise CorpusError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except (OSError, *network_errors()) as error:
+        raise unreadable(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> CorpusError:
+def damaged(path: InputFile, error: Exception) -> CorpusError:
     """Returns the error for a file whose container does not decode."""
     reason = str(error).strip().rstrip(".") or type(error).__name__
     return CorpusError(f"{str(path)!r} is damaged ({reason}): fetch it again, or take it out of the inputs")

@@ -63,6 +63,7 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     perplexity: PerplexityConfig | None = None  # unset: no cut by perplexity
     documents_per_file: int = 100_000  # documents in each parquet file
     examples_per_rule: int = 3  # dropped documents, and kept ones, that the summary shows for each rule
+    output: str | None = None  # address on an object store where the recipe's step leaves a copy of the kept files
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:

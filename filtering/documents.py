@@ -1,5 +1,6 @@
 """Finding input files and reading documents out of them: JSON lines, parquet, plain text, HTML and WARC."""
 
+import contextlib
 import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import msgspec
 from .compression import damaged, open_decompressed
 from .encodings import decode_strictly
 from .errors import CorpusError
+from .storage import InputFile, RemoteFile, find_remote, is_url, network_errors, unreadable
 from .web import WebPage, decode_page, extract_text, read_responses
 
 SUFFIXES = (
@@ -35,7 +37,7 @@ class Document:
 class BrokenRecord:
     """A record that holds no readable document; `record` counts lines, rows (parquet) or responses (WARC) from 1."""
 
-    path: Path
+    path: InputFile
     record: int
     reason: str
 
@@ -52,7 +54,7 @@ class RecordBatch:
     `first_record` is the number of the first; `file_bytes` is how much of the file was consumed since the batch before.
     """
 
-    path: Path
+    path: InputFile
     first_record: int
     records: list[Any]
     file_bytes: int
@@ -67,16 +69,17 @@ class _JsonRecord(msgspec.Struct):
 _decode_json = msgspec.json.Decoder(_JsonRecord).decode
 
 
-def suffix_of(path: Path) -> str | None:
+def suffix_of(path: InputFile) -> str | None:
     """Returns which of `SUFFIXES` the file name ends in, or None."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def find_inputs(patterns: Sequence[str | Path]) -> list[Path]:
-    """Returns the files behind file names, folders (recursive) and globs, each file once, in a stable order.
+def find_inputs(patterns: Sequence[str | Path]) -> list[InputFile]:
+    """Returns the files behind names, folders (recursive), globs and addresses, each file once, in a stable order.
 
-    Folders and globs give only files that end in one of `SUFFIXES`, sorted; hidden files are left out.
+    An address, such as s3://bucket/corpus/*.jsonl.zst, is a file, a folder or a glob of an object store. Folders and
+    globs give only files that end in one of `SUFFIXES`, sorted; hidden files are left out.
     Raises CorpusError for a pattern that gives no file, and for a named file of an unknown kind.
     """
     if isinstance(patterns, (str, Path)):
@@ -84,8 +87,11 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Path]:
     if not patterns:
         raise CorpusError("no inputs are given: name at least one file, folder or glob")
     known = ", ".join(SUFFIXES)
-    found: dict[Path, Path] = {}
+    found: dict[InputFile, InputFile] = {}
     for pattern in patterns:
+        if isinstance(pattern, str) and is_url(pattern):
+            found |= {file: file for file in _remote_files(pattern) if file not in found}
+            continue
         path = Path(pattern).expanduser()
         if path.is_file():
             if suffix_of(path) is None:
@@ -109,7 +115,7 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def read_documents(
-    path: Path, *, html: bool = False, on_broken: Callable[[BrokenRecord], None] | None = None
+    path: InputFile, *, html: bool = False, on_broken: Callable[[BrokenRecord], None] | None = None
 ) -> Iterator[Document]:
     """Yields the documents of one .jsonl, .parquet, .txt, .html (one document) or .warc file as a stream.
 
@@ -127,12 +133,12 @@ def read_documents(
         yield from documents
 
 
-def read_batches(path: Path, *, batch_bytes: int = 1 << 20) -> Iterator[RecordBatch]:
+def read_batches(path: InputFile, *, batch_bytes: int = 1 << 20) -> Iterator[RecordBatch]:
     """Yields the file's records in batches of about `batch_bytes`, whose `file_bytes` sum to the file's size.
 
     Raises CorpusError as `read_documents` does.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     suffix = suffix_of(path)
     if suffix is None:
         raise CorpusError(f"cannot read {str(path)!r}: its name must end in one of {', '.join(SUFFIXES)}")
@@ -240,13 +246,23 @@ def _page_text(page: WebPage) -> str:
     return extract_text(decode_page(page.body, page.charset))
 
 
+def _remote_files(pattern: str) -> list[RemoteFile]:
+    files = find_remote(pattern)
+    if not files:
+        raise CorpusError(f"input {pattern!r} does not exist: give a file, a folder or a glob that matches")
+    known = [file for file in files if suffix_of(file) is not None]
+    if not known:
+        raise CorpusError(f"input {pattern!r} holds no file that ends in one of {', '.join(SUFFIXES)}")
+    return known
+
+
 def _files_below(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if suffix_of(path) is not None and path.is_file())
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     return sorted(visible)
 
 
-def _warc_batches(path: Path, stream: BinaryIO, file: BinaryIO, batch_bytes: int) -> Iterator[RecordBatch]:
+def _warc_batches(path: InputFile, stream: BinaryIO, file: BinaryIO, batch_bytes: int) -> Iterator[RecordBatch]:
     pages: list[WebPage] = []
     consumed = size = 0
     first_record = 1
@@ -262,19 +278,22 @@ def _warc_batches(path: Path, stream: BinaryIO, file: BinaryIO, batch_bytes: int
         yield RecordBatch(path, first_record, list(pages), file.tell() - consumed)
 
 
-def _parquet_batches(path: Path) -> Iterator[RecordBatch]:
+def _parquet_batches(path: InputFile) -> Iterator[RecordBatch]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise CorpusError('reading parquet needs pyarrow: pip install "redwhale[filtering]"') from error
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         raise CorpusError(f"cannot read {str(path)!r}: no such file")
     file_bytes = path.stat().st_size
     consumed = 0
     rows_done = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(
+                pq.ParquetFile(path if isinstance(path, Path) else stack.enter_context(path.open()))
+            )
             names = file.schema_arrow.names
             if "text" not in names:
                 raise CorpusError(f"{str(path)!r} has no column 'text': its columns are {', '.join(names)}")
@@ -287,7 +306,9 @@ def _parquet_batches(path: Path) -> Iterator[RecordBatch]:
                 position = file_bytes * rows_done // file.metadata.num_rows
                 yield RecordBatch(path, rows_done - rows.num_rows + 1, records, position - consumed)
                 consumed = position
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise damaged(path, error) from error
+    except (OSError, *network_errors()) as error:
+        raise (damaged if isinstance(path, Path) else unreadable)(path, error) from error
     if consumed < file_bytes:
         yield RecordBatch(path, 1, [], file_bytes - consumed)

@@ -16,7 +16,7 @@ import numpy as np
 from .errors import CorpusError
 from .language_model import load_model
 from .minhash import jaccard, shingles
-from .work import BAND_COLUMNS, WorkFolder, locate, positions_of, write_atomically
+from .work import BAND_COLUMNS, WorkFolder, locate, positions_of, temporary_name, write_atomically
 from .workers import Mapper
 
 _PAIRS_PER_GROUP = 20_480
@@ -192,7 +192,7 @@ def verify_pairs(group: int, *, folder: WorkFolder, threshold: float) -> int:
         left, right = (table.column(f"{side}_position").to_pylist() for side in ("better", "worse"))
         similarity = np.concatenate(list(_similarities(folder, left, right)))
         table = table.select(["better", "worse"]).append_column("jaccard", pa.array(similarity))
-        temporary = path.with_suffix(".tmp")
+        temporary = temporary_name(path)
         pq.write_table(table.filter(pa.array(similarity >= threshold)), temporary)
         temporary.replace(path)
     return _parquet_file(path).metadata.num_rows

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .duplicates import connect, quoted, surviving_rows
-from .work import WorkFolder
+from .work import WorkFolder, temporary_name
 from .workers import Mapper
 
 SHORT = 10
@@ -130,6 +130,6 @@ def count_lines_of_shard(name: str, *, folder: WorkFolder) -> None:
     for row in surviving_rows(folder, name):
         hashes += {line_hash(line) for line in texts[row].as_py().split("\n") if line.strip()}
     unique, counts = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_name(path)
     pq.write_table(pa.table({"hash": unique, "documents": counts.astype(np.uint32)}), temporary, use_dictionary=False)
     temporary.replace(path)

@@ -18,6 +18,7 @@ from .language_model import train_model
 from .ray_workers import RayWorkers
 from .report import write_report
 from .rules import RULES
+from .storage import InputFile, version_of
 from .summary import (
     CORPUS_RULES,
     EXACT_DUPLICATE,
@@ -80,7 +81,7 @@ def filter_corpus(
     output_dir = Path(output_dir)
     paths = find_inputs(config.inputs)
     for path in paths:
-        if path.resolve().is_relative_to(output_dir.resolve()):
+        if isinstance(path, Path) and path.resolve().is_relative_to(output_dir.resolve()):
             raise CorpusError(f"input {str(path)!r} lies in the output folder {str(output_dir)!r}: write elsewhere")
     folder = WorkFolder(output_dir.resolve() / "work")
     if config.decontaminate:
@@ -208,11 +209,11 @@ def _take_lines(documents: list[ScoredDocument], folder: WorkFolder, config: Fil
         document.text, document.bytes_out = text, size
 
 
-def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
+def _fingerprint(config: FilterConfig, paths: list[InputFile]) -> dict[str, object]:
     """What decides the contents of the work folder."""
 
-    def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    def stats(files: Iterable[InputFile]) -> list[tuple[str, int, str]]:
+        return [(str(path.resolve()), path.stat().st_size, version_of(path)) for path in files]
 
     return {
         "thresholds": config.measure_options().resolved,
@@ -227,7 +228,7 @@ def _fingerprint(config: FilterConfig, paths: list[Path]) -> dict[str, object]:
     }
 
 
-def _worker_count(config: FilterConfig, paths: list[Path]) -> int:
+def _worker_count(config: FilterConfig, paths: list[InputFile]) -> int:
     workers = config.workers or available_cores()
     text_bytes = sum(
         path.stat().st_size * (1 if suffix_of(path) in (".jsonl", ".txt") else _USUAL_COMPRESSION_RATIO)

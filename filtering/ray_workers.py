@@ -1,8 +1,8 @@
-"""The map of `workers` on a Ray cluster, by Ray Data; every machine sees the input and output folders by one path."""
+"""The maps of `workers` on a Ray cluster, by Ray Data; what a function reads and writes, every machine must reach."""
 
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from .errors import CorpusError
@@ -14,7 +14,8 @@ Output = TypeVar("Output")
 class RayWorkers:
     """A context manager around a Ray cluster: the running one, or one of `count` processes on this machine.
 
-    What it started it stops. Raises CorpusError when ray is not installed.
+    What it started it stops. What machines that die had in work is done again on others. Raises CorpusError when ray is
+    not installed.
     """
 
     def __init__(self, count: int):
@@ -44,6 +45,16 @@ class RayWorkers:
 
     def map(self, function: Callable[[Input], Output], inputs: Iterable[Input]) -> Generator[Output, None, None]:
         """Yields `function(input)` in input order; all inputs are listed first, so they should be small."""
+        yield from self.flat_map(lambda item: iter((function(item),)), inputs)
+
+    def flat_map(
+        self, function: Callable[[Input], Iterator[Output]], inputs: Iterable[Input]
+    ) -> Generator[Output, None, None]:
+        """Yields what `function(input)` yields, of one input after the other, in input order.
+
+        A function may run twice for an input, of which one is used: it must give the same each time. All inputs are
+        listed first, so they should be small; outputs wait in Ray's object store, of which Ray Data bounds the use.
+        """
         rows = [{"item": pickle.dumps(item)} for item in inputs]
         if not rows:
             return
@@ -52,15 +63,21 @@ class RayWorkers:
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
 
-        def apply(row: dict[str, bytes]) -> dict[str, bytes]:
-            try:
-                result = function(pickle.loads(row["item"]))
-            except CorpusError as error:  # what Ray raises in its place would hide it
-                result = error
-            return {"result": pickle.dumps(result)}
+        def apply(batch: Any) -> Iterator[Any]:
+            import pyarrow as pa
 
-        dataset = self._ray.data.from_items(rows, override_num_blocks=len(rows)).map(apply)
-        for row in dataset.iter_rows():
+            def row(result: object) -> Any:
+                return pa.table({"result": pa.array([pickle.dumps(result)], pa.large_binary())})
+
+            try:
+                for item in batch.column("item").to_pylist():
+                    for result in function(pickle.loads(item)):
+                        yield row(result)
+            except CorpusError as error:  # what Ray raises in its place would hide it
+                yield row(error)
+
+        dataset = self._ray.data.from_items(rows, override_num_blocks=len(rows))
+        for row in dataset.map_batches(apply, batch_size=1, batch_format="pyarrow").iter_rows():
             result = pickle.loads(row["result"])
             if isinstance(result, CorpusError):
                 raise result

@@ -1,12 +1,12 @@
 """Web pages: responses out of WARC files, and the main text out of HTML (FastWARC and Resiliparse)."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .compression import damaged
 from .encodings import decode_strictly
 from .errors import CorpusError
+from .storage import InputFile
 
 _NEEDS = 'reading {} needs {}: pip install "redwhale[web]"'
 _HTML_TYPES = ("text/html", "application/xhtml+xml", None)
@@ -21,7 +21,7 @@ class WebPage(NamedTuple):
     refused: str | None
 
 
-def read_responses(stream: BinaryIO, path: Path) -> Iterator[WebPage]:
+def read_responses(stream: BinaryIO, path: InputFile) -> Iterator[WebPage]:
     """Yields the HTTP responses of a decompressed WARC stream, in order; other records are no documents.
 
     Raises CorpusError when fastwarc is not installed or the file is damaged or ends early.
@@ -63,7 +63,7 @@ class _Forward:
         return self._position
 
 
-def _page(record: Any, path: Path) -> WebPage:
+def _page(record: Any, path: InputFile) -> WebPage:
     url = record.headers.get("WARC-Target-URI") or record.record_id
     expected = record.content_length
     body = record.reader.read()

@@ -5,7 +5,9 @@ ascend in input order whatever the size of the shards. Measured shards survive a
 """
 
 import itertools
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from .measure import Measured, MeasureOptions, measure_documents
 from .minhash import BANDS, VERSION, band_keys, shingles
 from .normalize import content_id
 from .rules import RULES
+from .storage import InputFile
 from .summary import CONTAMINATED, ScoredDocument, snippet
 
 _FORMAT = 1
@@ -36,7 +39,7 @@ class Unit:
     """Consecutive input files that are read by one process: one large file, or several small ones."""
 
     number: int
-    paths: tuple[Path, ...]
+    paths: tuple[InputFile, ...]
 
     @property
     def file_bytes(self) -> int:
@@ -121,10 +124,10 @@ class WorkFolder:
         return pa.ipc.open_file(pa.memory_map(str(self.texts / f"{name}.arrow"))).read_all()
 
 
-def cut_into_units(paths: Sequence[Path], shard_bytes: int) -> list[Unit]:
+def cut_into_units(paths: Sequence[InputFile], shard_bytes: int) -> list[Unit]:
     """Groups files, in order, into units of at least `shard_bytes` where single files are smaller."""
     units: list[Unit] = []
-    group: list[Path] = []
+    group: list[InputFile] = []
     size = 0
     for place, path in enumerate(paths, start=1):
         group.append(path)
@@ -202,13 +205,13 @@ def measure_shard(
     )
     name = shard_name(shard.unit, shard.number)
     path = folder.texts / f"{name}.arrow"
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_name(path)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, texts.schema) as writer:
         writer.write_table(texts.combine_chunks())
     temporary.replace(path)
     # The measurements last: the shard is done when they are there.
     path = folder.measured / f"{name}.parquet"
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_name(path)
     table = pa.table(columns).replace_schema_metadata({"redwhale": msgspec.json.encode(info)})
     pq.write_table(table, temporary, compression="zstd")
     temporary.replace(path)
@@ -297,6 +300,14 @@ def positions_of(name: str) -> tuple[int, int]:
     """Returns the first position of a shard, and the first beyond it."""
     first = first_position(int(name.partition("-")[0]), _number(name))
     return first, first + (1 << _ROW_BITS)
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns a name to write a file under, before it is renamed, that no other process has.
+
+    On a cluster a machine that is thought dead may still be writing what another has begun anew.
+    """
+    return path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ...filtering import find_inputs, read_documents
+from ...filtering import InputFile, find_inputs, read_documents
 from ...model import Llama, load_model, read_config
 from ...tokenizer import Tokenizer, find_vocabulary, load_model_proto, open_vocabulary
 from ..device import resolve_device, resolve_precision
@@ -125,7 +125,7 @@ class Context:
 
     def heldout_texts(self, limit: int) -> dict[str, list[str]]:
         """At most `limit` held-out documents by domain; "korean" is the corpus' own validation split, if it has one."""
-        files: dict[str, list[Path]] = {}
+        files: dict[str, Sequence[InputFile]] = {}
         if self.recipe.filter is not None and (validation := self.corpus_files("validation")):
             files["korean"] = validation
         files.update({domain: find_inputs(paths) for domain, paths in self.recipe.heldout.items()})
@@ -152,7 +152,7 @@ class Context:
         if self.recipe.tokenizer is not None and self.recipe.init is None:
             raise RecipeError("[tokenizer] adds pieces that the model has no rows for: add an [init] section")
 
-    def file_hashes(self, files: Iterable[Path]) -> dict[str, str]:
+    def file_hashes(self, files: Iterable[InputFile]) -> dict[str, str]:
         """Hashes of files outside the run, by path."""
         files = list(files)
         return dict(zip(map(str, files), self.run.file_hashes(files), strict=True))
@@ -218,7 +218,7 @@ def check_rows(checkpoint: Path, tokenizer: TextEncoder) -> None:
         )
 
 
-def first_texts(paths: Iterable[Path], limit: int | None = None) -> Iterator[str]:
+def first_texts(paths: Iterable[InputFile], limit: int | None = None) -> Iterator[str]:
     """Texts of the documents in files, in order, at most `limit`."""
     count = 0
     for path in paths:
@@ -229,7 +229,7 @@ def first_texts(paths: Iterable[Path], limit: int | None = None) -> Iterator[str
             yield document.text
 
 
-def texts_with_progress(label: str, paths: Iterable[Path]) -> Iterator[str]:
+def texts_with_progress(label: str, paths: Iterable[InputFile]) -> Iterator[str]:
     """Texts of all documents in files, showing how far the files are read."""
     paths = list(paths)
     with Progress(label, sum(path.stat().st_size for path in paths), "B") as progress:

@@ -10,10 +10,11 @@ from ...filtering import benchmark_files, filter_corpus, find_inputs
 from ..progress import Progress
 from ..run_folder import StepResult
 from .context import Context, Unit, config_of
+from .publish import published
 
 
 def units(context: Context) -> list[Unit]:
-    """One unit where the recipe filters."""
+    """One unit where the recipe filters, and one where it publishes what is kept."""
     config = context.recipe.filter
     if config is None:
         return []
@@ -28,7 +29,8 @@ def units(context: Context) -> list[Unit]:
             find_inputs(config.perplexity.train)
         benchmark_files(config.decontaminate)
 
-    return [Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder), check)]
+    unit = Unit("filter", "filter", config_of(config), inputs, lambda folder: run_filter(context, folder), check)
+    return [unit, *published(context, "filter", config.output)]
 
 
 def run_filter(context: Context, folder: Path) -> StepResult:

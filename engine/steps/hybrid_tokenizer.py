@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...filtering import read_documents
+from ...filtering import InputFile, read_documents
 from ...tokenizer import build_hybrid_tokenizer
 from ..progress import Progress
 from ..run_folder import StepResult
@@ -61,7 +61,7 @@ def run_tokenizer(context: Context, folder: Path) -> StepResult:
 
 
 def sourced_texts(
-    label: str, paths: Iterable[Path], sources: dict[Path, str] | None = None
+    label: str, paths: Iterable[InputFile], sources: dict[InputFile, str] | None = None
 ) -> Iterator[tuple[str, str]]:
     """Source and text of all documents in files, showing how far they are read.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from ...filtering import find_inputs
+from ...filtering import InputFile, find_inputs
 from ...model import CheckpointReader, NewRows, NewVocabulary, RowFinish, read_config, write_extended
 from ...model.checkpoint import EMBEDDING, LM_HEAD
 from ...model.init_methods import SIMILARITY_METHODS
@@ -175,7 +176,7 @@ def _fit_texts(context: Context, tokenizer: TextEncoder) -> FitTexts:
     assert config is not None
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def ids(paths: list[Path]) -> list[torch.Tensor]:
+    def ids(paths: Sequence[InputFile]) -> list[torch.Tensor]:
         encoded = tokenizer.encode_batch(list(first_texts(paths, config.fit_documents)))
         return [torch.tensor([*begin, *one][:_FIT_TOKENS]) for one in encoded if one]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ...filtering import find_inputs
+from ...filtering import InputFile, find_inputs
 from ...tokenizer.byte_level import is_byte_level
 from ..errors import RecipeError, ShardError
 from ..packing import pack_files
@@ -17,10 +17,11 @@ from ..progress import Progress, scaled
 from ..run_folder import StepResult
 from ..shards import TokenShards
 from .context import Context, Unit, config_of
+from .publish import published
 
 
 def units(context: Context) -> list[Unit]:
-    """One unit where the recipe packs."""
+    """One unit where the recipe packs, and one where it publishes the shards."""
     config = context.recipe.pack
     if config is None:
         return []
@@ -51,7 +52,8 @@ def units(context: Context) -> list[Unit]:
         for paths in config.extra.values():
             find_inputs(paths)
 
-    return [Unit("pack", "pack", config_of(config), inputs, lambda folder: run_pack(context, folder), check)]
+    unit = Unit("pack", "pack", config_of(config), inputs, lambda folder: run_pack(context, folder), check)
+    return [unit, *published(context, "pack", config.output)]
 
 
 def run_pack(context: Context, folder: Path) -> StepResult:
@@ -67,7 +69,7 @@ def run_pack(context: Context, folder: Path) -> StepResult:
     }
     total = sum(path.stat().st_size for files in shards.values() for path in files)
     with Progress("pack", total, "B") as progress:
-        pack_files(shards, tokenizer, workers=config.workers, on_bytes=progress.update)
+        pack_files(shards, tokenizer, engine=config.engine, workers=config.workers, on_bytes=progress.update)
     summary = {name: _described(folder, name, tokenizer.sha256) for name, by_shard in corpora.items() if by_shard}
     train, validation = summary["train"], summary.get("validation", {"tokens": 0})
     others = [f"{scaled(summary[name]['tokens'])} {name}" for name in config.extra]
@@ -80,11 +82,13 @@ def run_pack(context: Context, folder: Path) -> StepResult:
     )
 
 
-def _corpora(context: Context) -> Mapping[str, list[list[Path]]]:
+def _corpora(context: Context) -> Mapping[str, list[list[InputFile]]]:
     """By name, the files of each shard: one file a shard, but all of a held-out domain in one."""
     config = context.recipe.pack
     assert config is not None
-    corpora = {split: [[path] for path in context.corpus_files(split)] for split in ("train", "validation")}
+    corpora: dict[str, list[list[InputFile]]] = {
+        split: [[path] for path in context.corpus_files(split)] for split in ("train", "validation")
+    }
     if not corpora["train"]:
         raise ShardError("no document of the corpus is left to train on: lower filter.validation_fraction")
     corpora |= {name: [[path] for path in find_inputs(paths)] for name, paths in config.extra.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import english_texts, korean_texts, write_jsonl
 
-from redwhale.engine import load_recipe, packing, run_recipe
+from redwhale.engine import load_recipe, packing, run_recipe, token_blocks
 from redwhale.engine.errors import RecipeError
 from redwhale.engine.packing import pack_files, pack_texts
 from redwhale.engine.recipe import PackConfig
@@ -63,7 +63,7 @@ def test_shards_are_the_same_for_any_number_of_workers_and_any_batches(tmp_path,
     for workers, batch_bytes in ((1, 1 << 20), (2, 1 << 20), (2, 5_000), (1, 1)):
         folder = tmp_path / f"{workers}-{batch_bytes}"
         folder.mkdir()
-        monkeypatch.setattr(packing, "_BATCH_BYTES", batch_bytes)
+        monkeypatch.setattr(token_blocks, "BATCH_BYTES", batch_bytes)
         monkeypatch.setattr(packing, "_WORKERS_PAY_FROM_BYTES", 0)
         shards = {folder / f"train-{number:05d}": [path] for number, path in enumerate(corpus)}
         pack_files({**shards, folder / "all-00000": corpus}, tokenizer, workers=workers)
