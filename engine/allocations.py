@@ -16,6 +16,9 @@ Kind = Literal["weights", "masters", "moments", "gradients", "activations", "log
 """What memory is for. Workspace is what backward and the optimizer take beside gradients: gradients of activations,
 and what is computed again."""
 
+STATE: tuple[Kind, ...] = ("weights", "masters", "moments", "gradients")
+"""Kinds that grow with the parameters and not with the batch."""
+
 
 class Costs:
     """FLOPs, memory traffic and estimated time of operations, by moment.
@@ -61,6 +64,8 @@ class Allocations(TorchDispatchMode):
         self.peak: dict[Kind, int] = {}
         """The same when their sum was highest."""
         self.peak_moment = self.moment
+        self.most_working = 0
+        """Highest sum of all kinds but `STATE`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -91,8 +96,15 @@ class Allocations(TorchDispatchMode):
             self.live[kind] = self.live.get(kind, 0) + size
 
     def start_over(self) -> None:
-        """Forget the peak."""
+        """Forget the peaks."""
+        self._take_peak()
+        self.most_working = self._working()
+
+    def _take_peak(self) -> None:
         self.peak, self.peak_moment, self._highest = dict(self.live), self.moment, self._total
+
+    def _working(self) -> int:
+        return self._total - sum(self.live.get(kind, 0) for kind in STATE)
 
     def _found(self, tensor: Tensor) -> bool:
         """Count the tensor's storage if it is new."""
@@ -110,7 +122,8 @@ class Allocations(TorchDispatchMode):
         self.live[kind] = self.live.get(kind, 0) + size
         self._total += size
         if self._total > self._highest:
-            self.start_over()
+            self._take_peak()
+        self.most_working = max(self.most_working, self._working())
         return True
 
     def _gone(self, key: int) -> None:

@@ -306,17 +306,27 @@ class BatchLoader:
 
     def host_micro_batches(self, step: int) -> list[Batch]:
         """The same in the host's memory."""
-        size = self.batch_size // self.world_size
-        begin = self._place(step) + self.rank * size
-        return list(batched(self.source, self.order.indices(begin, begin + size).tolist(), self.micro_batch_size))
+        return list(batched(self.source, self._own_indices(step), self.micro_batch_size))
 
     def num_targets(self, step: int) -> int:
         """Target tokens of the whole global batch `step`, over all ranks."""
         return sum(num_targets(self.source, index) for index in self.indices(step))
 
+    def local_num_targets(self, step: int) -> int:
+        """Target tokens of this rank's part of global batch `step`; summed over all ranks they are `num_targets`.
+
+        It looks at batch_size / world_size sequences where `num_targets` looks at all of the batch, on every rank.
+        """
+        return sum(num_targets(self.source, index) for index in self._own_indices(step))
+
     def position(self, step: int) -> dict[str, SourcePosition]:
         """By name of the source, how far it is used when global batch `step` is next."""
         return self.order.position(self._place(step))
+
+    def _own_indices(self, step: int) -> list[int]:
+        size = self.batch_size // self.world_size
+        begin = self._place(step) + self.rank * size
+        return self.order.indices(begin, begin + size).tolist()
 
     def _place(self, step: int) -> int:
         return self.first_sequence + step * self.batch_size

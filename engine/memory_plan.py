@@ -38,6 +38,8 @@ class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
     """When their sum is highest."""
     moment: str
     """When that is: "setup", "forward", "backward" or "update"."""
+    working: int
+    """Beside weights, optimizer state and gradients, when that is most."""
     micro_batches: int
     """Of a step that was taken."""
     tokens: int
@@ -134,6 +136,7 @@ def stage_memory(
         return StageMemory(
             peak=dict(allocations.peak),
             moment=allocations.peak_moment,
+            working=allocations.most_working,
             micro_batches=count,
             tokens=tokens,
             model_flops=step.flops // 2,

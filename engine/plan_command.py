@@ -43,7 +43,7 @@ def plan_recipe(
     train = recipe.train
     if train is None:
         raise RecipeError("the recipe has no [train] section: there is no stage to plan")
-    base, config = _model(recipe, model)
+    base, config = planned_model(recipe, model)
     options: dict[str, Any] = {
         "sequence_length": train.sequence_length,
         "dtype": torch.float32 if recipe.precision == "fp32" else torch.bfloat16,
@@ -65,7 +65,7 @@ def plan_recipe(
         write_json(output, {"gpu": msgspec.to_builtins(gpu), "stages": [_row(plan) for plan in plans], "notes": notes})
 
 
-def _model(recipe: Recipe, model: str | None) -> tuple[ModelConfig, ModelConfig]:
+def planned_model(recipe: Recipe, model: str | None) -> tuple[ModelConfig, ModelConfig]:
     """Configurations of the base and of the model with its new rows."""
     run = RunFolder(recipe.run_dir)
     if model is not None and model in PRESETS:

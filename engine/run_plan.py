@@ -40,6 +40,8 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes when their sum is highest."""
     moment: str
     """When that is."""
+    working: int
+    """Bytes beside weights, optimizer state and gradients, when they are most: what sharding leaves as it is."""
     reserve: int
     """Bytes set aside: CONTEXT_BYTES and FRAGMENTS."""
     fits: bool
@@ -109,6 +111,7 @@ def plan_stage(
         activations=loop.resolved_activations,
         peak={kind: size for kind, size in memory.peak.items() if size},
         moment=memory.moment,
+        working=memory.working,
         reserve=CONTEXT_BYTES + int(FRAGMENTS * memory.peak_bytes),
         fits=CONTEXT_BYTES + (1 + FRAGMENTS) * memory.peak_bytes <= gpu.bytes,
         model_flops_per_token=memory.model_flops / memory.tokens,

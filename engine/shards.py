@@ -12,7 +12,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -184,8 +184,10 @@ class TokenShards:
             raise ShardError("no token shards were given")
         self.prefixes = [Path(prefix) for prefix in prefixes]
         self.manifests = [_read_manifest(prefix) for prefix in self.prefixes]
+        # Mapped, like the tokens: ranks of one machine share the memory, however many documents there are.
         self._tokens: list[np.ndarray] = []
-        document_ends = []
+        self._offsets: list[np.ndarray] = []
+        self._has_empty: list[bool] = []
         self._starts = [0]
         for prefix, manifest in zip(self.prefixes, self.manifests, strict=True):
             if tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer_sha256:
@@ -201,9 +203,9 @@ class TokenShards:
                     f"{prefix}.idx does not count from 0 up to the {manifest.tokens} tokens of its manifest: "
                     "it is damaged, pack the corpus again"
                 )
-            document_ends.append(offsets[1:][lengths > 0] + self._starts[-1])
+            self._offsets.append(offsets[1:])
+            self._has_empty.append(bool((lengths == 0).any()))
             self._starts.append(self._starts[-1] + manifest.tokens)
-        self._document_ends = np.concatenate(document_ends)
         if verify:
             self.verify()
 
@@ -247,13 +249,28 @@ class TokenShards:
 
     def document_ends(self, start: int, end: int) -> np.ndarray:
         """Offsets in (start, end] at which a document ends, each once, ascending, int64."""
-        first, last = self._document_ends.searchsorted((start, end), side="right")
-        return self._document_ends[first:last]
+        parts = [
+            np.unique(found + base) if has_empty else found + base for base, found, has_empty in self._found(start, end)
+        ]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def count_document_ends(self, start: int, end: int) -> int:
         """Number of the offsets in (start, end] at which a document ends."""
-        first, last = self._document_ends.searchsorted((start, end), side="right")
-        return int(last - first)
+        return sum(
+            len(np.unique(found)) if has_empty else len(found) for _, found, has_empty in self._found(start, end)
+        )
+
+    def _found(self, start: int, end: int) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """By shard: its first token's offset, offsets from there in (start, end] at which documents end, and whether
+        some may stand there twice."""
+        first = min(bisect_right(self._starts, start), len(self._offsets)) - 1
+        for shard in range(first, len(self._offsets)):
+            base, offsets = self._starts[shard], self._offsets[shard]
+            # An empty document at the beginning of a shard ends where the shard before did.
+            low, high = offsets.searchsorted((max(start - base, 0), end - base), side="right")
+            yield base, offsets[low:high], self._has_empty[shard]
+            if self._starts[shard + 1] >= end:
+                break
 
     def verify(self) -> None:
         """Read every byte: compare the checksums, and look for tokens outside the vocabulary.
