@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import re
 import shlex
+import subprocess
 import tomllib
 import typing
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import TINY, tiny_model
 
 from redwhale.engine import (
@@ -228,7 +230,9 @@ def test_names_of_the_package_exist(document):
 
 
 @pytest.mark.parametrize(
-    "document", [README, DOCS / "recipes.md", DOCS / "hand-over.md", DOCS / "evaluation.md"], ids=relative
+    "document",
+    [README, *(DOCS / f"{name}.md" for name in ("recipes", "hand-over", "evaluation", "scaling"))],
+    ids=relative,
 )
 def test_command_lines_are_understood(document):
     lines = [line for _, block in blocks(document, "sh") for line in block.splitlines()]
@@ -236,6 +240,15 @@ def test_command_lines_are_understood(document):
     assert commands
     for command in commands:
         _parser().parse_args(command[1:])
+
+
+def test_the_launch_files_of_the_scaling_guide_are_shell_and_yaml():
+    scripts = [block for _, block in blocks(DOCS / "scaling.md", "sh")]
+    assert sum("#SBATCH" in script for script in scripts) == 2
+    for script in scripts:
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    kinds = {yaml.safe_load(block)["kind"] for _, block in blocks(DOCS / "scaling.md", "yaml")}
+    assert kinds == {"JobSet", "RayJob"}
 
 
 # The memory that README computes.
