@@ -10,13 +10,13 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from ..filtering.storage import file_system, is_url, network_errors
 from .errors import RunError
-from .run_folder import MANIFEST, read_manifest, sha256_file, write_json
+from .run_folder import MANIFEST, RunFolder, read_manifest, sha256_file, write_json
 
 _CHUNK_BYTES = 8 << 20
 _THREADS = 8
@@ -89,7 +89,8 @@ def fetch(url: str, folder: Path, on_bytes: OnBytes = lambda size: None) -> dict
         The manifest.
 
     Raises:
-        RunError: for a copy that is incomplete or damaged, or a folder that holds another step's files.
+        RunError: for a copy that is incomplete or damaged, a folder that holds another step's files, or one that
+            another process fetches into.
         CorpusError: for an address that no installed package understands.
     """
     system, root = _place(url)
@@ -102,13 +103,13 @@ def fetch(url: str, folder: Path, on_bytes: OnBytes = lambda size: None) -> dict
         here = read_manifest(folder)
         if here is not None and here["outputs"] != manifest["outputs"]:
             raise RunError(f"{folder} holds another {here['step']} than {url}: delete it, or give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
 
         def copy(name: str) -> None:
             _fetch_file(system, f"{root}/{name}", folder / name, manifest["outputs"][name], on_bytes)
 
-        for _ in _in_threads(copy, manifest["outputs"]):
-            pass
+        with RunFolder(folder).locked():
+            for _ in _in_threads(copy, manifest["outputs"]):
+                pass
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -164,10 +165,11 @@ def _remote_manifest(system: Any, root: str) -> dict[str, Any]:
 
 
 def _in_threads(function: Callable[[str], Any], names: Mapping[str, Any]) -> Iterator[Any]:
-    """Results in order; after an error nothing new begins."""
+    """Results as they come; after an error nothing new begins."""
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        yield from pool.map(function, names)
+        for future in as_completed([pool.submit(function, name) for name in names]):
+            yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -3,8 +3,19 @@
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from redwhale.filtering.storage import file_system
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy the files below a folder to an address."""
+    system, root = file_system(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            system.put_file(str(path), f"{root}/{path.relative_to(folder)}")
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +64,7 @@ def _gcs_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def gcs(_gcs_server, monkeypatch) -> str:
+def gcs(_gcs_server, monkeypatch) -> Iterator[str]:
     """Address of a new bucket, for this process and those that it starts."""
     import fsspec
 

@@ -46,7 +46,7 @@ def test_what_is_fetched_is_what_was_published(url, tmp_path):
     size = publish(step, url, tmp_path / "scratch", sent.append)
     fetch(url, tmp_path / "there", got.append)
     manifest = (step / "manifest.json").read_bytes()
-    assert contents(tmp_path / "there") == {**FILES, "manifest.json": manifest}
+    assert contents(tmp_path / "there") == {**FILES, "manifest.json": manifest, ".lock": b""}
     assert size == sum(sent) == sum(got) == sum(map(len, FILES.values()))
     assert RunFolder(tmp_path).step("there").is_current("a")
 
@@ -125,6 +125,9 @@ def test_a_folder_of_another_step_is_left_alone(s3, tmp_path):
     with pytest.raises(RunError, match="holds another pack than s3://"):
         fetch(f"{s3}/p", other)
     assert (other / "train-00000.bin").read_bytes() == b"other"
+    busy = tmp_path / "busy"
+    with RunFolder(busy).locked(), pytest.raises(RunError, match="busy is in use by another redwhale process"):
+        fetch(f"{s3}/p", busy)
 
 
 def test_a_recipe_reads_from_s3_and_publishes_there_what_other_machines_fetch(s3, tiny_root, tmp_path, capsys):

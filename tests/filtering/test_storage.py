@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from filtering_corpus import korean, mixed_corpus, outputs
-from object_stores import _gcs_server, _s3_server, gcs, s3
+from object_stores import _gcs_server, _s3_server, gcs, s3, upload
 
 from redwhale.filtering import (
     CorpusError,
@@ -28,13 +28,6 @@ __all__ = ["_gcs_server", "_s3_server", "gcs", "s3"]
 @pytest.fixture(params=["s3", "gcs"])
 def bucket(request) -> str:
     return request.getfixturevalue(request.param)
-
-
-def upload(folder, url: str) -> None:
-    system, root = storage.file_system(url)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            system.put_file(str(path), f"{root}/{path.relative_to(folder)}")
 
 
 def test_files_of_every_kind_read_as_they_do_from_the_disk(bucket, tmp_path):
