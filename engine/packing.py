@@ -103,7 +103,7 @@ def _write(
             with writer:
                 for block in of_shard:
                     writer.add(block.tokens, block.lengths, block.text_bytes)
-                    if on_bytes is not None:
+                    if on_bytes is not None and block.file_bytes:
                         on_bytes(block.file_bytes)
             assert writer.manifest is not None
             yield writer.manifest

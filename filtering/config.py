@@ -51,6 +51,7 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     inputs: list[str]  # files, folders and globs, see docs/filtering.md for their formats
     engine: str = "local"  # "local": processes of this machine; "ray": Ray Data, on as many as its cluster has
+    exchange: str | None = None  # address on an object store for machines of a Ray cluster that share no file system
     workers: int = 0  # processes that filter; 0 takes every core; the result is the same for any number
     memory_gb: float = 4.0  # of the joins over the whole corpus; what does not fit goes to the disk
     shard_mb: int = 16  # input that a worker takes at a time, and that a crash costs; the result is the same for any

@@ -34,6 +34,7 @@ def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float
     """
     result = folder.path / "bounds.json"
     if result.exists():
+        folder.keep(result)
         return
     columns = load_model(folder.language_model).columns
     shares = f"{low / columns}, {1 - high / columns}"
@@ -41,12 +42,13 @@ def find_bounds(folder: WorkFolder, low: float, high: float, *, memory_gb: float
         quantiles = ", ".join(f"quantile_disc(model_{column}, [{shares}])" for column in range(columns))
         (bounds,) = database.execute(f"SELECT {quantiles} FROM documents WHERE failed = 0").fetchall()
     write_atomically(result, msgspec.json.encode(bounds))
+    folder.keep(result)
 
 
 def improbable_rows(folder: WorkFolder, name: str) -> set[int]:
     """Returns the rows of a shard that pass the rules and lie beyond the bounds of the language model."""
-    path = folder.path / "bounds.json"
-    if not path.exists():
+    path = folder.find("bounds.json")
+    if path is None:
         return set()
     measured = folder.measurements(name)
     failed = measured.column("failed").to_numpy() != 0
@@ -66,6 +68,7 @@ def find_duplicates(folder: WorkFolder, threshold: float, *, memory_gb: float, t
     """
     result = folder.path / "duplicates.parquet"
     if result.exists():
+        folder.keep(result)
         return result
     with connect(folder, memory_gb, threads) as database:
         database.execute(
@@ -77,13 +80,13 @@ def find_duplicates(folder: WorkFolder, threshold: float, *, memory_gb: float, t
             pairs = folder.path / "pairs.parquet"
             if not pairs.exists():
                 _write_pairs(database, pairs)
-            edges = folder.path / "edges"
-            edges.mkdir(exist_ok=True)
+            folder.keep(pairs)
             groups = range(_parquet_file(pairs).num_row_groups)
             for _ in map_(partial(verify_pairs, folder=folder, threshold=threshold), groups):
                 pass
+            folder.gather("edges")
             if groups:
-                _insert_near(database, edges)
+                _insert_near(database, folder.path / "edges")
         temporary = result.with_suffix(".tmp")
         database.execute(
             f"""COPY (
@@ -93,6 +96,7 @@ def find_duplicates(folder: WorkFolder, threshold: float, *, memory_gb: float, t
             ) TO '{quoted(temporary)}' (FORMAT parquet, ROW_GROUP_SIZE 16384)"""
         )
     temporary.replace(result)
+    folder.keep(result)
     return result
 
 
@@ -120,7 +124,7 @@ def duplicates_of_shard(folder: WorkFolder, name: str) -> dict[int, int | None]:
 
     first, beyond = positions_of(name)
     inside = [("position", ">=", first), ("position", "<", beyond)]
-    table = pq.read_table(folder.path / "duplicates.parquet", columns=["position", "of"], filters=inside)
+    table = pq.read_table(folder.need("duplicates.parquet"), columns=["position", "of"], filters=inside)
     return {
         position - first: of for position, of in zip(*(column.to_pylist() for column in table.columns), strict=True)
     }
@@ -187,14 +191,15 @@ def verify_pairs(group: int, *, folder: WorkFolder, threshold: float) -> int:
     import pyarrow.parquet as pq
 
     path = folder.path / "edges" / f"{group:06d}.parquet"
-    if not path.exists():
-        table = _parquet_file(folder.path / "pairs.parquet").read_row_group(group)
+    if folder.find(f"edges/{path.name}") is None:
+        table = _parquet_file(folder.need("pairs.parquet")).read_row_group(group)
         left, right = (table.column(f"{side}_position").to_pylist() for side in ("better", "worse"))
         similarity = np.concatenate(list(_similarities(folder, left, right)))
         table = table.select(["better", "worse"]).append_column("jaccard", pa.array(similarity))
         temporary = temporary_name(path)
         pq.write_table(table.filter(pa.array(similarity >= threshold)), temporary)
         temporary.replace(path)
+        folder.keep(path)
     return _parquet_file(path).metadata.num_rows
 
 

@@ -40,7 +40,7 @@ class FrequentLines:
     @classmethod
     def load(cls, folder: WorkFolder, *, line_documents: int, block_documents: int) -> "FrequentLines":
         """Maps what `count_lines` wrote."""
-        hashes, documents = np.asarray(np.load(folder.path / "frequent_lines.npy", mmap_mode="r"))
+        hashes, documents = np.asarray(np.load(folder.need("frequent_lines.npy"), mmap_mode="r"))
         return cls(hashes, documents, line_documents=line_documents, block_documents=block_documents)
 
     def documents(self, lines: Sequence[str]) -> np.ndarray:
@@ -102,11 +102,12 @@ def count_lines(folder: WorkFolder, names: Sequence[str], block_documents: int, 
     """
     result = folder.path / "frequent_lines.npy"
     if result.exists():
+        folder.keep(result)
         return
     counted = folder.path / "lines"
-    counted.mkdir(exist_ok=True)
     for _ in map_(partial(count_lines_of_shard, folder=folder), names):
         pass
+    folder.gather("lines")
     temporary = result.with_name("frequent_lines.tmp.npy")
     with connect(folder, **settings) as database:
         table = database.execute(
@@ -115,6 +116,7 @@ def count_lines(folder: WorkFolder, names: Sequence[str], block_documents: int, 
         ).fetchnumpy()
     np.save(temporary, np.stack([table["hash"], table["documents"]]).astype(np.uint64))
     temporary.replace(result)
+    folder.keep(result)
 
 
 def count_lines_of_shard(name: str, *, folder: WorkFolder) -> None:
@@ -123,7 +125,7 @@ def count_lines_of_shard(name: str, *, folder: WorkFolder) -> None:
     import pyarrow.parquet as pq
 
     path = folder.path / "lines" / f"{name}.parquet"
-    if path.exists():
+    if folder.find(f"lines/{name}.parquet") is not None:
         return
     hashes: list[int] = []
     texts = folder.documents(name).column("text")
@@ -133,3 +135,4 @@ def count_lines_of_shard(name: str, *, folder: WorkFolder) -> None:
     temporary = temporary_name(path)
     pq.write_table(pa.table({"hash": unique, "documents": counts.astype(np.uint32)}), temporary, use_dictionary=False)
     temporary.replace(path)
+    folder.keep(path)

@@ -18,6 +18,7 @@ from .language_model import train_model
 from .ray_workers import RayWorkers
 from .report import write_report
 from .rules import RULES
+from .shared_work import SharedWorkFolder
 from .storage import InputFile, version_of
 from .summary import (
     CORPUS_RULES,
@@ -83,7 +84,9 @@ def filter_corpus(
     for path in paths:
         if isinstance(path, Path) and path.resolve().is_relative_to(output_dir.resolve()):
             raise CorpusError(f"input {str(path)!r} lies in the output folder {str(output_dir)!r}: write elsewhere")
-    folder = WorkFolder(output_dir.resolve() / "work")
+    work = output_dir.resolve() / "work"
+    exchange = config.exchange if config.engine == "ray" else None
+    folder = WorkFolder(work) if exchange is None else SharedWorkFolder(work, exchange)
     if config.decontaminate:
         load_benchmarks(config.decontaminate)  # what cannot be read is said before any work
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -94,9 +97,12 @@ def filter_corpus(
     if config.perplexity is not None and not folder.language_model.exists():
         say("training the language model")
         train_model(config.perplexity.method, config.perplexity.train, folder.language_model)
+    if folder.language_model.exists():
+        folder.keep(folder.language_model)
     settings = {"memory_gb": config.memory_gb, "threads": workers}
     with RayWorkers(workers) if config.engine == "ray" else Workers(workers) as pool:
         _measure(config, folder, units, pool, progress or (lambda _: None))
+        folder.gather("measured")
         names = [name for unit in units for name in folder.shards(unit.number)]
         if config.perplexity is not None:
             find_bounds(folder, config.perplexity.low, config.perplexity.high, **settings)
@@ -107,6 +113,8 @@ def filter_corpus(
             count_lines(folder, names, config.duplicates.block_documents, settings=settings, map_=pool.map)
         say("writing what is kept")
         summary = _write(config, folder, names, output_dir, pool.map)
+        if isinstance(folder, SharedWorkFolder) and isinstance(pool, RayWorkers):
+            pool.everywhere(SharedWorkFolder.forget, folder)
     if not summary.documents_out:
         folder.remove()
         raise _nothing_left(summary)

@@ -1,5 +1,6 @@
 """The maps of `workers` on a Ray cluster, by Ray Data; what a function reads and writes, every machine must reach."""
 
+import contextlib
 import logging
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,6 +23,7 @@ class RayWorkers:
         try:
             import ray
             import ray.data
+            import ray.util.scheduling_strategies
         except ImportError as error:
             raise CorpusError('engine = "ray" needs ray: pip install "redwhale[scale]"') from error
         self._ray: Any = ray
@@ -46,6 +48,16 @@ class RayWorkers:
     def map(self, function: Callable[[Input], Output], inputs: Iterable[Input]) -> Generator[Output, None, None]:
         """Yields `function(input)` in input order; all inputs are listed first, so they should be small."""
         yield from self.flat_map(lambda item: iter((function(item),)), inputs)
+
+    def everywhere(self, function: Callable[[Input], object], item: Input) -> None:
+        """Calls `function(item)` once on every machine that is there; a machine that dies meanwhile is left out."""
+        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        call = self._ray.remote(function)
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    placed = strategy(node["NodeID"], soft=False)
+                    self._ray.get(call.options(num_cpus=0, scheduling_strategy=placed).remote(item))
 
     def flat_map(
         self, function: Callable[[Input], Iterator[Output]], inputs: Iterable[Input]

@@ -75,6 +75,7 @@ class ShardInfo(msgspec.Struct, kw_only=True):
 class WorkFolder:
     """Files of one run: `texts/NAME.arrow` and `measured/NAME.parquet` of every shard, and what is made of them.
 
+    Processes that share it find each other's files by `find`, and say by `keep` that one is whole.
     Raises CorpusError when pyarrow is not installed.
     """
 
@@ -90,13 +91,38 @@ class WorkFolder:
         wanted = msgspec.json.encode({"format": _FORMAT, "minhash": VERSION, **fingerprint})
         described = self.path / "run.json"
         if not described.exists() or described.read_bytes() != wanted:
-            self.remove()
-        self.measured.mkdir(parents=True, exist_ok=True)
-        self.texts.mkdir(exist_ok=True)
+            self._delete()
+        self.make()
         write_atomically(described, wanted)
+
+    def make(self) -> None:
+        """Makes the folder and those in it."""
+        for part in ("measured", "texts", "edges", "lines"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+
+    def find(self, name: str) -> Path | None:
+        """Returns the path of a file of the run, or None where there is no such."""
+        path = self.path / name
+        return path if path.exists() else None
+
+    def need(self, name: str) -> Path:
+        """Returns the path of a file of the run that is there."""
+        path = self.find(name)
+        if path is None:
+            raise FileNotFoundError(2, "the filter's work folder was changed while it ran", str(self.path / name))
+        return path
+
+    def keep(self, path: Path) -> None:
+        """To be called with every file that other processes look for, when it is whole."""
+
+    def gather(self, part: str) -> None:
+        """To be called before all files of a sub-folder are read."""
 
     def remove(self) -> None:
         """Deletes the folder and all in it."""
+        self._delete()
+
+    def _delete(self) -> None:
         if self.path.exists():
             shutil.rmtree(self.path)
 
@@ -111,17 +137,17 @@ class WorkFolder:
 
     def info(self, name: str) -> ShardInfo:
         """What a measured shard says of itself."""
-        metadata = _parquet().read_metadata(self.measured / f"{name}.parquet").metadata
+        metadata = _parquet().read_metadata(self.need(f"measured/{name}.parquet")).metadata
         return msgspec.json.decode(metadata[b"redwhale"], type=ShardInfo)
 
     def measurements(self, name: str) -> Any:
         """The measured columns of a shard, as an arrow table."""
-        return _parquet().read_table(self.measured / f"{name}.parquet")
+        return _parquet().read_table(self.need(f"measured/{name}.parquet"))
 
     def documents(self, name: str) -> Any:
         """Ids, sources, texts and scores of a shard, as an arrow table in mapped memory."""
         pa = _pyarrow()
-        return pa.ipc.open_file(pa.memory_map(str(self.texts / f"{name}.arrow"))).read_all()
+        return pa.ipc.open_file(pa.memory_map(str(self.need(f"texts/{name}.arrow")))).read_all()
 
 
 def cut_into_units(paths: Sequence[InputFile], shard_bytes: int) -> list[Unit]:
@@ -209,12 +235,14 @@ def measure_shard(
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, texts.schema) as writer:
         writer.write_table(texts.combine_chunks())
     temporary.replace(path)
+    folder.keep(path)
     # The measurements last: the shard is done when they are there.
     path = folder.measured / f"{name}.parquet"
     temporary = temporary_name(path)
     table = pa.table(columns).replace_schema_metadata({"redwhale": msgspec.json.encode(info)})
     pq.write_table(table, temporary, compression="zstd")
     temporary.replace(path)
+    folder.keep(path)
     return shard.file_bytes
 
 
@@ -349,9 +377,10 @@ def _matches(measured: Sequence[Measured], benchmarks: tuple[str, ...]) -> list[
 
 def _model_columns(measured: Sequence[Measured], folder: WorkFolder) -> dict[str, Any]:
     """The scores of the language model, null for documents that a rule drops."""
-    if not folder.language_model.exists():
+    path = folder.find(folder.language_model.name)
+    if path is None:
         return {}
-    model = load_model(folder.language_model)
+    model = load_model(path)
     passed = [place for place, one in enumerate(measured) if not one.failed]
     scores = np.zeros((len(measured), model.columns))
     if passed:

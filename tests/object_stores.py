@@ -29,17 +29,18 @@ def _s3_server() -> Iterator[str]:
     server.stop()
 
 
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What makes programs take the server for S3."""
+    credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    return {"AWS_ENDPOINT_URL": endpoint, **credentials}
+
+
 @pytest.fixture
 def s3(_s3_server, monkeypatch) -> str:
     """Address of a new bucket, for this process and those that it starts."""
     import fsspec
 
-    for name, value in (
-        ("AWS_ENDPOINT_URL", _s3_server),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
+    for name, value in s3_environment(_s3_server).items():
         monkeypatch.setenv(name, value)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,7 @@
 """Filter and pack on three machines of a Ray cluster, one of which dies with work in hand."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from filtering_corpus import mixed_corpus, outputs
+from object_stores import _s3_server, s3_environment
 
 from redwhale.engine import packing
 from redwhale.engine.packing import pack_files
 from redwhale.engine.shards import TokenShards
 from redwhale.filtering import FilterConfig, filter_corpus, pipeline
+from redwhale.filtering.storage import file_system
 from redwhale.tokenizer import Tokenizer
+
+__all__ = ["_s3_server"]
 
 ray = pytest.importorskip("ray", reason='the engine "ray" needs the extra scale')
 
@@ -24,12 +29,14 @@ PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A head and two more nodes with a core each, to which this process is connected."""
+def cluster(_s3_server, tmp_path_factory):
+    """A head and two more nodes with a core each, to which this process is connected; they reach an S3."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RAY_ADDRESS", ""), ("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_TMPDIR", "/tmp")):
+        own = {"RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
+        temporary = tmp_path_factory.mktemp("machines")
+        for name, value in {**s3_environment(_s3_server), **own, "TMPDIR": str(temporary)}.items():
             patch.setenv(name, value)
         node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
         started = Cluster(initialize_head=True, head_node_args=node)
@@ -37,7 +44,7 @@ def cluster():
             started.add_node(**node)
         ray.init(address=started.address, logging_level="ERROR", log_to_driver=False)
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        started.node_arguments = node
+        started.node_arguments, started.temporary = node, temporary
         yield started
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
         ray.shutdown()
@@ -146,17 +153,28 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def test_filter_gives_the_same_files_though_a_machine_dies(cluster, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchange", [None, "s3://exchange/run"])
+def test_filter_gives_the_same_files_though_a_machine_dies(cluster, corpus, exchange, tmp_path, monkeypatch):
+    """With a folder that all machines see, and with a folder each whose files pass through S3."""
     monkeypatch.setattr(pipeline, "MEGABYTE", 4000)  # a unit for each file, of several shards
     settings = {"inputs": [str(corpus)], "workers": 1, "shard_mb": 1, "validation_fraction": 0.2}
     filter_corpus(FilterConfig(**settings), tmp_path / "local")
+    if exchange is not None:
+        file_system(exchange)[0].mkdir("exchange")
 
     def run(watch: Watch) -> None:
         monkeypatch.setattr(pipeline, "measure_unit", WatchedUnit(watch))
-        filter_corpus(FilterConfig(**settings, engine="ray"), tmp_path / "ray")
+        filter_corpus(FilterConfig(**settings, engine="ray", exchange=exchange), tmp_path / "ray")
 
-    check(while_a_node_dies(cluster, tmp_path / "watch", run), FILES)
+    watch = while_a_node_dies(cluster, tmp_path / "watch", run)
+    check(watch, FILES)
     assert outputs(tmp_path / "ray") == outputs(tmp_path / "local")
+    # Machines had folders of their own, and left none, but for the one that died; so did the run on the store.
+    left = list(cluster.temporary.glob("redwhale-*"))
+    assert [path.name.rpartition("-")[2] for path in left] == ([] if exchange is None else [watch.victim[:16]])
+    for path in left:
+        shutil.rmtree(path)
+    assert exchange is None or file_system(exchange)[0].find(exchange) == []
 
 
 def test_pack_gives_the_same_shards_though_a_machine_dies(cluster, corpus, tiny_root, tmp_path, monkeypatch):

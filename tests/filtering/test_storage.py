@@ -1,6 +1,7 @@
 import gzip
 import importlib
 import json
+import pickle
 import random
 import sys
 
@@ -21,6 +22,7 @@ from redwhale.filtering import (
     read_documents,
     storage,
 )
+from redwhale.filtering.shared_work import SharedWorkFolder
 
 __all__ = ["_gcs_server", "_s3_server", "gcs", "s3"]
 
@@ -107,3 +109,33 @@ def test_a_missing_package_names_the_extra(scheme, package, monkeypatch):
     monkeypatch.delitem(registry, scheme, raising=False)
     with pytest.raises(CorpusError, match=rf'^{scheme}:// needs {package}: pip install "redwhale\[cloud\]"$'):
         find_inputs([f"{scheme}://bucket/x"])
+
+
+def test_an_exchange_never_deletes_what_it_did_not_write(s3, tmp_path):
+    system, root = storage.file_system(s3)
+    system.pipe_file(f"{root}/precious/corpus.jsonl", b"{}")
+    folder = SharedWorkFolder(tmp_path / "work", f"{s3}/precious")
+    with pytest.raises(CorpusError, match="precious' holds files of something else: name a folder that is empty"):
+        folder.open({})
+    assert system.find(root) == [f"{root}/precious/corpus.jsonl"]
+
+
+def test_an_exchange_goes_on_with_its_own_run_and_forgets_another(s3, tmp_path):
+    first = SharedWorkFolder(tmp_path / "first", f"{s3}/x")
+    first.open({"run": 1})
+    (first.path / "measured" / "0000000-000000.parquet").write_bytes(b"measured")
+    first.keep(first.path / "measured" / "0000000-000000.parquet")
+    worker = pickle.loads(pickle.dumps(first))
+    assert worker.path != first.path
+    assert worker.shards(0) == ["0000000-000000"]
+    assert worker.need("measured/0000000-000000.parquet").read_bytes() == b"measured"
+    assert worker.find("bounds.json") is None
+    worker.forget()
+    second = SharedWorkFolder(tmp_path / "second", f"{s3}/x")
+    second.open({"run": 1})
+    second.gather("measured")
+    assert second.shards(0) == ["0000000-000000"]
+    second.open({"run": 2})
+    assert pickle.loads(pickle.dumps(second)).shards(0) == []
+    second.remove()
+    assert storage.file_system(s3)[0].find(f"{s3}/x") == []
