@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ..filtering.storage import file_system, is_url, network_errors
+from ..filtering.storage import RemoteFile, file_system, is_url, network_errors
 from .errors import RunError
 from .run_folder import MANIFEST, RunFolder, read_manifest, sha256_file, write_json
 
@@ -112,6 +112,28 @@ def fetch(url: str, folder: Path, on_bytes: OnBytes = lambda size: None) -> dict
                 pass
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def published_files(step: Path, url: str) -> dict[str, RemoteFile]:
+    """The outputs of a finished step as `publish` left them at an address, by name.
+
+    Raises:
+        RunError: if the copy there is not of what the step's folder holds.
+        CorpusError: for an address that no installed package understands.
+    """
+    manifest = read_manifest(step)
+    system, root = _place(url)
+    with _failing(f"cannot read {url!r}"):
+        try:
+            there = _remote_manifest(system, root)
+        except FileNotFoundError:
+            there = None
+    if manifest is None or there is None or there["outputs"] != manifest["outputs"]:
+        raise RunError(f"{url} is no copy of {step} as it is now: run `redwhale {step.name}` to publish it")
+    return {
+        name: RemoteFile(f"{url.rstrip('/')}/{name}", recorded["bytes"], recorded["sha256"])
+        for name, recorded in manifest["outputs"].items()
+    }
 
 
 def _fetch_file(system: Any, remote: str, path: Path, recorded: Mapping[str, Any], on_bytes: OnBytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 
 from ...filtering import InputFile, find_inputs
 from ...tokenizer.byte_level import is_byte_level
+from ..copies import published_files
 from ..errors import RecipeError, ShardError
 from ..packing import pack_files
 from ..progress import Progress, scaled
@@ -87,13 +88,23 @@ def _corpora(context: Context) -> Mapping[str, list[list[InputFile]]]:
     config = context.recipe.pack
     assert config is not None
     corpora: dict[str, list[list[InputFile]]] = {
-        split: [[path] for path in context.corpus_files(split)] for split in ("train", "validation")
+        split: [[path] for path in _corpus_files(context, split)] for split in ("train", "validation")
     }
     if not corpora["train"]:
         raise ShardError("no document of the corpus is left to train on: lower filter.validation_fraction")
     corpora |= {name: [[path] for path in find_inputs(paths)] for name, paths in config.extra.items()}
     corpora |= {f"heldout-{domain}": [find_inputs(paths)] for domain, paths in context.recipe.heldout.items()}
     return corpora
+
+
+def _corpus_files(context: Context, split: str) -> Sequence[InputFile]:
+    """The filtered corpus; on a cluster its published copy, if there is one, so that machines need not share a disk."""
+    files = context.corpus_files(split)
+    pack, filtered = context.recipe.pack, context.recipe.filter
+    if pack is None or filtered is None or pack.engine == "local" or filtered.output is None:
+        return files
+    copies = published_files(context.run.path / "filter", filtered.output)
+    return [copies[path.name] for path in files]
 
 
 def _described(folder: Path, name: str, tokenizer_sha256: str) -> dict[str, Any]:

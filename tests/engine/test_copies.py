@@ -10,6 +10,9 @@ from redwhale.engine.copies import fetch, publish
 from redwhale.engine.errors import RecipeError, RunError
 from redwhale.engine.run_folder import RunFolder, StepResult
 from redwhale.engine.shards import TokenShards
+from redwhale.engine.steps import pack
+from redwhale.engine.steps.context import Context
+from redwhale.filtering import read_documents
 from redwhale.filtering.storage import file_system
 
 __all__ = ["_gcs_server", "_s3_server", "gcs", "s3"]
@@ -159,6 +162,17 @@ def test_a_recipe_reads_from_s3_and_publishes_there_what_other_machines_fetch(s3
     run_recipe(moved, only="pack", say=again.append)
     assert again[0] == "pack: up to date"
     assert "up to date" not in again[1]
+    # On a cluster packing reads the copy, as long as it is one.
+    on_ray = msgspec.structs.replace(recipe, pack=msgspec.structs.replace(recipe.pack, engine="ray"))
+    local, remote = (pack._corpora(Context.create(one))["train"] for one in (recipe, on_ray))
+    assert [str(file) for (file,) in remote] == [f"{s3}/filter/{file.name}" for (file,) in local]
+    for (mine,), (theirs,) in zip(local, remote, strict=True):
+        assert list(read_documents(theirs)) == list(read_documents(mine))
+    manifest = system.cat_file(f"{root}/filter/manifest.json")
+    system.rm_file(f"{root}/filter/manifest.json")
+    with pytest.raises(RunError, match="filter is no copy of .* as it is now: run `redwhale filter` to publish it"):
+        pack._corpora(Context.create(on_ray))
+    system.pipe_file(f"{root}/filter/manifest.json", manifest)
     system.pipe_file(f"{root}/korean/bad.jsonl", b'{"text": "x"}')
     again.clear()
     run_recipe(recipe, only="filter", say=again.append)
