@@ -105,7 +105,12 @@ def fetch(url: str, folder: Path, on_bytes: OnBytes = lambda size: None) -> dict
             raise RunError(f"{folder} holds another {here['step']} than {url}: delete it, or give another folder")
 
         def copy(name: str) -> None:
-            _fetch_file(system, f"{root}/{name}", folder / name, manifest["outputs"][name], on_bytes)
+            path, recorded = folder / name, manifest["outputs"][name]
+            # Without a manifest the file may be of an interrupted copy of something older.
+            if _has_size(path, recorded) and (here is not None or sha256_file(path) == recorded["sha256"]):
+                on_bytes(recorded["bytes"])
+            else:
+                _fetch_file(system, f"{root}/{name}", path, recorded, on_bytes)
 
         with RunFolder(folder).locked():
             for _ in _in_threads(copy, manifest["outputs"]):
@@ -137,15 +142,13 @@ def published_files(step: Path, url: str) -> dict[str, RemoteFile]:
 
 
 def _fetch_file(system: Any, remote: str, path: Path, recorded: Mapping[str, Any], on_bytes: OnBytes) -> None:
-    if path.exists() and path.stat().st_size == recorded["bytes"]:
-        on_bytes(recorded["bytes"])
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".fetching")
+    if partial.exists() and partial.stat().st_size > recorded["bytes"]:
+        partial.unlink()
     with open(partial, "ab") as file:
-        if file.tell() > recorded["bytes"]:
-            file.truncate(0)
-        on_bytes(file.tell())
+        resumed = file.tell()
+        on_bytes(resumed)
         while (begin := file.tell()) < recorded["bytes"]:
             data = system.cat_file(remote, start=begin, end=min(begin + _CHUNK_BYTES, recorded["bytes"]))
             if not data:
@@ -154,10 +157,18 @@ def _fetch_file(system: Any, remote: str, path: Path, recorded: Mapping[str, Any
             on_bytes(len(data))
         file.flush()
         os.fsync(file.fileno())
-    if sha256_file(partial) != recorded["sha256"]:
-        partial.unlink()
+    if sha256_file(partial) == recorded["sha256"]:
+        partial.rename(path)
+        return
+    on_bytes(-partial.stat().st_size)
+    partial.unlink()
+    if not resumed:
         raise RunError(f"{remote} does not match its checksum: it is damaged, publish the step again")
-    partial.rename(path)
+    _fetch_file(system, remote, path, recorded, on_bytes)
+
+
+def _has_size(path: Path, recorded: Mapping[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size == recorded["bytes"]
 
 
 def _place(url: str) -> tuple[Any, str]:

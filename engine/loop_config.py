@@ -91,7 +91,8 @@ def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
 RESULT_NEUTRAL = frozenset(
     {
         *("log_every", "checkpoint_every", "keep_last", "trackers", "profile", "verify"),
-        *("workers", "threads", "engine", "memory_gb", "shard_mb", "output", "exchange"),
+        *("workers", "threads", "engine", "memory_gb", "shard_mb"),
+        *("output", "exchange"),
     }
 )
 """Keys that change speed, logging or safety, but no result; with validations that decide nothing, `validate_every`."""

@@ -25,7 +25,6 @@ from .stages import Stage
 Strategy = Literal["replicated", "fsdp", "hsdp"]
 """Whole weights on every GPU; sharded over all of them (FSDP2); sharded inside of a node, replicated between nodes."""
 
-
 LINK_SHARE = 0.8
 """Of a link's rate that a large collective reaches: an assumption."""
 
@@ -100,10 +99,12 @@ class StageWork(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def weight_bytes(self) -> int:
+        """Of all units."""
         return sum(unit.weight_bytes for unit in self.units)
 
     @property
     def gradient_bytes(self) -> int:
+        """Of all units."""
         return sum(unit.gradient_bytes for unit in self.units)
 
 

@@ -7,6 +7,7 @@ from .language_model import METHODS
 from .measure import MeasureOptions
 from .personal_data import DEFAULT_KINDS
 from .rules import Threshold
+from .storage import is_url
 
 ENGINES = ("local", "ray")
 
@@ -69,6 +70,8 @@ class FilterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise CorpusError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+        if self.exchange is not None and not is_url(self.exchange):
+            raise CorpusError(f"exchange must be an address such as s3://bucket/exchange, not {self.exchange!r}")
         if self.workers < 0:
             raise CorpusError(f"workers must be 0 (every core) or more, not {self.workers}")
         if self.memory_gb < 0.25:

@@ -32,7 +32,7 @@ def _s3_server() -> Iterator[str]:
 def s3_environment(endpoint: str) -> dict[str, str]:
     """What makes programs take the server for S3."""
     credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    return {"AWS_ENDPOINT_URL": endpoint, **credentials}
+    return {"AWS_ENDPOINT_URL": endpoint, "NO_PROXY": "127.0.0.1", **credentials}
 
 
 @pytest.fixture
@@ -42,8 +42,6 @@ def s3(_s3_server, monkeypatch) -> str:
 
     for name, value in s3_environment(_s3_server).items():
         monkeypatch.setenv(name, value)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     system = fsspec.filesystem("s3", skip_instance_cache=True)
     system.clear_instance_cache()
     bucket = f"test-{uuid.uuid4().hex[:12]}"
@@ -70,8 +68,7 @@ def gcs(_gcs_server, monkeypatch) -> Iterator[str]:
     import fsspec
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_server)
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     fsspec.config.conf["gs"] = {"token": "anon"}
     system = fsspec.filesystem("gs", skip_instance_cache=True)
     system.clear_instance_cache()

@@ -106,6 +106,19 @@ def test_an_interrupted_fetch_goes_on_inside_of_a_file(s3, tmp_path, monkeypatch
     assert begins == [10_000]
 
 
+def test_what_an_older_fetch_left_is_not_taken_for_the_new(s3, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    publish(step_of(tmp_path / "run", FILES), f"{s3}/p", tmp_path / "scratch")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "train-00000.idx").write_bytes(b"OFFSETS")  # as long as the new one
+    (there / "train-00000.bin.fetching").write_bytes(b"older" * 100)
+    got: list[int] = []
+    fetch(f"{s3}/p", there, got.append)
+    assert contents(there).items() >= FILES.items()
+    assert sum(got) == sum(map(len, FILES.values()))
+
+
 def test_a_damaged_copy_is_refused_and_not_kept(s3, tmp_path):
     (tmp_path / "scratch").mkdir()
     publish(step_of(tmp_path / "run", FILES), f"{s3}/p", tmp_path / "scratch")
