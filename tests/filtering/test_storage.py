@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import sys
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,7 +121,8 @@ def test_an_exchange_never_deletes_what_it_did_not_write(s3, tmp_path):
     assert system.find(root) == [f"{root}/precious/corpus.jsonl"]
 
 
-def test_an_exchange_goes_on_with_its_own_run_and_forgets_another(s3, tmp_path):
+def test_an_exchange_goes_on_with_its_own_run_and_forgets_another(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first = SharedWorkFolder(tmp_path / "first", f"{s3}/x")
     first.open({"run": 1})
     (first.path / "measured" / "0000000-000000.parquet").write_bytes(b"measured")
