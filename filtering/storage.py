@@ -91,13 +91,16 @@ def file_system(url: str) -> tuple[Any, str]:
 def find_remote(pattern: str) -> list[RemoteFile]:
     """Returns the file at an address, the files below it, or those that it matches as a glob, sorted by address.
 
-    Hidden files are left out. Raises CorpusError when the store cannot be read.
+    A glob gives the files below the folders that it matches too. Hidden files are left out. Raises CorpusError when the
+    store cannot be read.
     """
     system, path = file_system(pattern)
     try:
         system.invalidate_cache()
         if any(character in path for character in "*?["):
             found = system.glob(path, detail=True)
+            for folder in [name for name, info in found.items() if info["type"] == "directory"]:
+                found |= system.find(folder, detail=True)
         else:
             found = system.find(path, detail=True)
     except (OSError, *network_errors()) as error:

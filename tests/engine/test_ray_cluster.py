@@ -25,7 +25,7 @@ ray = pytest.importorskip("ray", reason='the engine "ray" needs the extra scale'
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 FILES = 12
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,10 @@ def cluster(_s3_server, tmp_path_factory):
 
 
 class Watch:
-    """Leaves a file when a machine begins an item and one when it ends; the victim's second item never ends."""
+    """Leaves a file when a machine begins an item and one when it ends.
+
+    The victim's second item never ends; the other machines wait with theirs until it has begun.
+    """
 
     def __init__(self, folder: Path, victim: str) -> None:
         folder.mkdir()
@@ -60,10 +63,15 @@ class Watch:
 
     def begin(self, item: str) -> str:
         node = ray.get_runtime_context().get_node_id()
-        hangs = node == self.victim and list(self.folder.glob(f"{node}.*.ended"))
+        second = list(self.folder.glob(f"{node}.*.ended"))
         mark = self.folder / f"{node}.{item}"
         mark.with_name(mark.name + ".begun").touch()
-        time.sleep(600 if hangs else 0.2)
+        if node == self.victim and second:
+            (self.folder / "hangs").touch()
+            time.sleep(2 * PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while node != self.victim and not (self.folder / "hangs").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         return str(mark)
 
     def end(self, mark: str) -> None:
@@ -105,7 +113,7 @@ class WatchedFiles:
 
 
 def while_a_node_dies(cluster, folder, run) -> Watch:
-    """Call `run` with a watch, and kill a node once it has done an item and begun another; returns the watch."""
+    """Call `run` with a watch, and kill a node that has done an item and hangs in another; returns the watch."""
     if len(cluster.worker_nodes) < 2:
         cluster.add_node(**cluster.node_arguments)
     node = list(cluster.worker_nodes)[-1]
@@ -115,11 +123,7 @@ def while_a_node_dies(cluster, folder, run) -> Watch:
     def kill() -> None:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            if (
-                len(list(folder.glob(f"{node.node_id}.*.begun")))
-                > len(list(folder.glob(f"{node.node_id}.*.ended")))
-                > 0
-            ):
+            if (folder / "hangs").exists():
                 cluster.remove_node(node, allow_graceful=False)
                 killed.set()
                 return

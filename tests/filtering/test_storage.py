@@ -56,6 +56,8 @@ def test_files_of_every_kind_read_as_they_do_from_the_disk(bucket, tmp_path):
     assert [list(read_documents(file)) for file in remote] == [list(read_documents(file)) for file in local]
     assert find_inputs([f"{bucket}/corpus/b/*.zst", f"{bucket}/corpus/**/*.jsonl.*"]) == remote[1:3]
     assert find_inputs([f"{bucket}/corpus/a.jsonl", f"{bucket}/corpus"]) == remote
+    below = [[file.name for file in find_inputs([f"{place}/*"])] for place in (f"{bucket}/corpus", folder)]
+    assert below[0] == below[1]
 
 
 def test_a_changed_file_has_another_version(bucket):
