@@ -48,10 +48,8 @@ class SharedWorkFolder(WorkFolder):
                 there = self._system.cat_file(f"{self._root}/run.json")
             except FileNotFoundError:
                 there = b""
-                if self._listed("*"):
-                    raise CorpusError(
-                        f"exchange = {self.url!r} holds files of something else: name a folder that is empty"
-                    ) from None
+            if not there.startswith(b'{"format":') and self._listed("*"):
+                raise CorpusError(f"exchange = {self.url!r} holds files of something else: name a folder that is empty")
             if there != described:
                 self._empty_store()
                 self._system.pipe_file(f"{self._root}/run.json", described)

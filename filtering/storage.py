@@ -15,6 +15,13 @@ from .errors import CorpusError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BLOCK_BYTES = 8 << 20
+_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+"""By module; what is not imported has raised nothing."""
 _PACKAGE_OF = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
 
@@ -116,11 +123,8 @@ def find_remote(pattern: str) -> list[RemoteFile]:
 
 def network_errors() -> tuple[type[Exception], ...]:
     """Errors beside OSError that reading from the stores in use can raise."""
-    botocore, aiohttp = (sys.modules.get(name) for name in ("botocore.exceptions", "aiohttp"))
-    return (
-        *((botocore.BotoCoreError, botocore.ClientError) if botocore is not None else ()),
-        *((aiohttp.ClientError,) if aiohttp is not None else ()),
-    )
+    imported = [(sys.modules[module], names) for module, names in _ERRORS.items() if module in sys.modules]
+    return tuple(getattr(module, name) for module, names in imported for name in names)
 
 
 def unreadable(name: object, error: Exception) -> CorpusError:
