@@ -37,7 +37,9 @@ class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
     peak: dict[Kind, int]
     """When their sum is highest."""
     moment: str
-    """When that is: "setup", "forward", "backward" or "update"."""
+    """When that is: "setup", "forward", "backward", "update" or, with the weights back that FP8 stood for, "end"."""
+    host_bytes: int
+    """Of the host's memory that frozen weights of a GPU's model take meanwhile."""
     micro_batches: int
     """Of a step that was taken."""
     tokens: int
@@ -86,7 +88,7 @@ def stage_memory(
         loop: of the trainer.
         sequence_length: tokens of a sequence, which is taken to be one document.
         dtype: of weights and forward pass.
-        device: "gpu" plans Triton's kernels and flash attention, "cpu" PyTorch's operations.
+        device: "gpu" plans Triton's kernels, flash attention and FP8 tensor cores, "cpu" PyTorch's operations.
         first_new_row: see `Trainer`.
         costs: told of every operation of the second step.
 
@@ -131,9 +133,13 @@ def stage_memory(
             if number == 0:
                 # What the first step makes and keeps is there in all others, and has its label now.
                 allocations.start_over()
+        host_bytes = step.host_bytes
+        allocations.moment, allocations.kind, allocations.costs = "end", "weights", None
+        step.restore_frozen()
         return StageMemory(
             peak=dict(allocations.peak),
             moment=allocations.peak_moment,
+            host_bytes=host_bytes,
             micro_batches=count,
             tokens=tokens,
             model_flops=step.flops // 2,

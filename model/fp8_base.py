@@ -1,0 +1,145 @@
+"""The frozen linear layers of a model in FP8 for the length of a training stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import LoRALinear, LoRAWeights, lora_linear, quantise_rows
+from .errors import CheckpointError
+from .lora import linear_layers, replace_module
+
+_LEAST_CAPABILITY = (8, 9)
+"""Of NVIDIA's GPUs that multiply FP8: Ada, Hopper, Blackwell."""
+_MULTIPLE = 16
+"""Of the sizes that their library multiplies."""
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a GPU has tensor cores for FP8 that torch uses."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer whose weight is in e4m3 with a scale for each output; it does not train.
+
+    Args:
+        base: the layer it stands for, whose bias it shares.
+        weight: [O, I] float8_e4m3fn.
+        scales: [O, 1] fp32.
+    """
+
+    def __init__(self, base: nn.Linear, weight: Tensor, scales: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.train(base.training)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", base.bias)
+        self.register_buffer("weight_scales", scales, persistent=False)
+
+    def adapter_weights(self) -> LoRAWeights:
+        """The layer's own tensors, for operations that take several layers at once."""
+        return LoRAWeights(self.weight, self.bias, weight_scales=self.get_buffer("weight_scales"))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return lora_linear(input, self.adapter_weights())
+
+
+class _Original(NamedTuple):
+    """What a layer was before."""
+
+    module: nn.Linear
+    """The layer itself; with an adapter it stayed in its place."""
+    weight: nn.Parameter | None
+    """Its weight, where that had no other place to go."""
+    on_host: Tensor | None
+    """The weight's copy in the host's memory."""
+    like: Tensor
+    """Without memory: device and dtype of the weight."""
+
+
+class Fp8Base:
+    """Puts the linear layers that do not train into FP8, and back to every bit of what they were.
+
+    The originals of a GPU's model wait in the host's memory: on the GPU they would take twice what FP8 saves. On a CPU
+    they stay where they are. Codes follow from the weights alone, so that a resumed stage has the same. The embedding
+    and the LM head are never among the layers.
+
+    Args:
+        model: changed in place, one layer after the other: at no time does it take more than before and one layer.
+        trained: names of the parameters that train at any time of the stage.
+
+    Raises:
+        CheckpointError: if the GPU or the weights' dtype or sizes do not allow it.
+    """
+
+    def __init__(self, model: nn.Module, trained: Collection[str]) -> None:
+        self._model = model
+        self._originals: dict[str, _Original] = {}
+        self.host_bytes = 0
+        """That the originals of a GPU's model take of the host's memory."""
+        chosen = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" not in trained}
+        for name, layer in chosen.items():
+            _check(name, layer.weight)
+        for name, layer in chosen.items():
+            self._quantise(name, layer)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers in FP8."""
+        return list(self._originals)
+
+    @torch.no_grad()
+    def _quantise(self, name: str, layer: nn.Linear) -> None:
+        weight = cast(nn.Parameter, layer.weight)
+        codes, scales = quantise_rows([weight.detach()])
+        on_cpu = weight.device.type == "cpu"
+        if not on_cpu:
+            self.host_bytes += weight.nbytes
+        # A plan's tensors have no content to keep.
+        on_host = None if on_cpu or weight.is_meta else weight.detach().cpu()
+        kept = weight if on_cpu else None
+        self._originals[name] = _Original(layer, kept, on_host, weight.detach().new_empty(0))
+        if isinstance(layer, LoRALinear):
+            layer.weight, layer.weight_scales = nn.Parameter(codes, requires_grad=False), scales
+        else:
+            replace_module(self._model, name, Fp8Linear(layer, codes, scales))
+            if not on_cpu:
+                layer.weight = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the original weights back; nothing happens a second time."""
+        for name in list(self._originals):
+            layer, weight, on_host, like = self._originals.pop(name)
+            if weight is None:
+                shape = (layer.out_features, layer.in_features)
+                values = like.new_empty(shape) if on_host is None else on_host.to(like.device)
+                weight = nn.Parameter(values, requires_grad=False)
+            layer.weight = weight
+            if isinstance(layer, LoRALinear):
+                layer.weight_scales = None
+            else:
+                layer.train(self._model.get_submodule(name).training)
+                replace_module(self._model, name, layer)
+        self.host_bytes = 0
+
+
+def _check(name: str, weight: Tensor) -> None:
+    if weight.is_cuda:
+        if not multiplies_fp8(weight.device):
+            gpu = torch.cuda.get_device_name(weight.device)
+            raise CheckpointError(
+                f'frozen = "fp8" needs FP8 tensor cores (NVIDIA Ada, Hopper or later), and {gpu} has none: leave it out'
+            )
+        if weight.dtype != torch.bfloat16:
+            raise CheckpointError('frozen = "fp8" multiplies bf16 activations on a GPU: set precision = "bf16"')
+        if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
+            raise CheckpointError(
+                f'frozen = "fp8" needs sizes that are multiples of {_MULTIPLE}, but {name} is {list(weight.shape)}'
+            )
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise CheckpointError(f"{name} is in {weight.dtype} already")
