@@ -57,9 +57,9 @@ def find_gpu(text: str) -> Gpu:
     try:
         if separator and fields is not None:
             size, unit, tflops, gbps, fp8 = fields.groups()
-            rates = (float(tflops) * 1e12, float(gbps) * 1e9, None if fp8 is None else float(fp8) * 1e12)
+            rates = [float(tflops) * 1e12, float(gbps) * 1e9, *([] if fp8 is None else [float(fp8) * 1e12])]
             gpu = Gpu(name, int(float(size) * _SIZES.get(unit, 1)), *rates)
-            if min(gpu.bytes, gpu.flops, gpu.bandwidth, gpu.fp8_flops or 1) > 0:
+            if min(gpu.bytes, *rates) > 0:
                 return gpu
     except ValueError:
         pass

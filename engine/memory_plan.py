@@ -184,5 +184,5 @@ def _label_state(step: TrainStep, allocations: Allocations) -> None:
         allocations.label(tensor, "masters" if name.startswith("master") else "moments")
     for tensor in step.optimizer.gradient_tensors():
         allocations.label(tensor, "gradients")
-    for parameter in step.model.parameters():
-        allocations.label(parameter, "weights")
+    for tensor in (*step.model.parameters(), *step.model.buffers()):  # scales of FP8 weights are buffers
+        allocations.label(tensor, "weights")
