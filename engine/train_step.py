@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model import Fp8Base, Llama, add_lora
 from ..model.activations import compile_layers
+from ..model.fp8_base import check_fp8
 from .batches import Batch
 from .flops import StepFlops, attention_pairs, training_flops
 from .loop_config import LoopConfig
@@ -73,6 +74,8 @@ class TrainStep:
         self._loop = loop
         self._fp8_base: Fp8Base | None = None
         if isinstance(model, Llama):
+            if loop.frozen == "fp8":
+                check_fp8(model, self.trained)
             model.model.activations = loop.resolved_activations
             if loop.compile:
                 compile_layers(model)

@@ -208,8 +208,13 @@ def quantise_rows(
         backend: see `Backend`; None for the global choice.
 
     Returns:
-        [M, ΣK_i]. Codes are rounded to nearest. A row with a NaN has a NaN, one with an infinity stands for NaN alone.
+        [M, ΣK_i]. Codes are rounded to nearest. A row with a NaN or an infinity has a NaN.
+
+    Raises:
+        ValueError: for no matrix, or more than three.
     """
+    if not 1 <= len(parts) <= MOST_PARTS:
+        raise ValueError(f"{len(parts)} matrices side by side: quantise_rows takes 1 to {MOST_PARTS}")
     kernels = use_triton(backend, *parts)
     return Fp8Rows(*(triton_quantise_rows if kernels else torch_quantise_rows)(list(parts), list(factors)))
 

@@ -81,10 +81,8 @@ class Fp8Base:
         self._originals: dict[str, _Original] = {}
         self.host_bytes = 0
         """That the originals of a GPU's model take of the host's memory."""
-        chosen = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" not in trained}
-        for name, layer in chosen.items():
-            _check(name, layer.weight)
-        for name, layer in chosen.items():
+        check_fp8(model, trained)
+        for name, layer in _frozen_layers(model, trained).items():
             self._quantise(name, layer)
 
     @property
@@ -128,18 +126,40 @@ class Fp8Base:
         self.host_bytes = 0
 
 
-def _check(name: str, weight: Tensor) -> None:
-    if weight.is_cuda:
-        if not multiplies_fp8(weight.device):
+def _frozen_layers(model: nn.Module, trained: Collection[str]) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" not in trained}
+
+
+def check_fp8(model: nn.Module, trained: Collection[str]) -> None:
+    """Raise what `Fp8Base` would raise, and change nothing.
+
+    Raises:
+        CheckpointError: see `Fp8Base`.
+    """
+    for name, layer in _frozen_layers(model, trained).items():
+        weight = layer.weight
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            raise CheckpointError(f"{name} is in {weight.dtype} already")
+        if weight.is_cuda:
             gpu = torch.cuda.get_device_name(weight.device)
-            raise CheckpointError(
-                f'frozen = "fp8" needs FP8 tensor cores (NVIDIA Ada, Hopper or later), and {gpu} has none: leave it out'
-            )
-        if weight.dtype != torch.bfloat16:
-            raise CheckpointError('frozen = "fp8" multiplies bf16 activations on a GPU: set precision = "bf16"')
-        if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
-            raise CheckpointError(
-                f'frozen = "fp8" needs sizes that are multiples of {_MULTIPLE}, but {name} is {list(weight.shape)}'
-            )
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        raise CheckpointError(f"{name} is in {weight.dtype} already")
+            problem = gpu_obstacle(gpu, multiplies_fp8(weight.device), weight.dtype, weight.shape)
+            if problem is not None:
+                raise CheckpointError(f'frozen = "fp8" {problem} ({name})')
+
+
+def gpu_obstacle(gpu: str, multiplies: bool, dtype: torch.dtype, shape: torch.Size) -> str | None:
+    """Why a GPU cannot multiply by a weight in FP8, as the end of a sentence; None if it can.
+
+    Args:
+        gpu: its name.
+        multiplies: see `multiplies_fp8`.
+        dtype: of the weight as stored.
+        shape: of the weight.
+    """
+    if not multiplies:
+        return f"needs FP8 tensor cores (NVIDIA Ada, Hopper or later), and {gpu} has none: leave it out"
+    if dtype != torch.bfloat16:
+        return 'multiplies bf16 activations on a GPU: set precision = "bf16"'
+    if any(size % _MULTIPLE for size in shape):
+        return f"needs sizes that are multiples of {_MULTIPLE}, and a weight is {list(shape)}: leave it out"
+    return None
