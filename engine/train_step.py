@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model import Fp8Base, Llama, add_lora
 from ..model.activations import compile_layers
-from ..model.fp8_base import check_fp8
+from ..model.fp8_base import check_fp8, input_means
 from .batches import Batch
 from .flops import StepFlops, attention_pairs, training_flops
 from .loop_config import LoopConfig
@@ -73,11 +74,12 @@ class TrainStep:
         model.train()
         self._loop = loop
         self._fp8_base: Fp8Base | None = None
+        self._input_means: dict[str, Tensor] | None = None
         if isinstance(model, Llama):
             if loop.frozen == "fp8":
                 check_fp8(model, self.trained)
             model.model.activations = loop.resolved_activations
-            if loop.compile:
+            if loop.compile and loop.frozen != "fp8":  # else once the layers are in FP8
                 compile_layers(model)
         self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed)
         self.guard = SpikeGuard(loop.spike_sigma, device=self.device)
@@ -99,6 +101,7 @@ class TrainStep:
             num_targets: target tokens of the whole global batch, by which its summed loss is divided: every token
                 weighs the same, however micro-batches divide them.
         """
+        self.measure_inputs(micro_batches[0])
         self.quantise_frozen()
         self._activate(step)
         num_targets = max(1, num_targets)
@@ -116,10 +119,21 @@ class TrainStep:
         self._sums += sums.masked_fill(self._skip, 0.0)
         self._flops += self._step_flops(micro_batches)
 
+    def measure_inputs(self, batch: Batch) -> None:
+        """Take the means of the inputs of what will be put into FP8, once.
+
+        Training that goes on has to call it before `load_state_tensors`, with the first batch of the stage, to have the
+        same numbers; in training from the beginning, the first step calls it.
+        """
+        model = self.model
+        if self._loop.frozen == "fp8" and self._input_means is None and isinstance(model, Llama):
+            run = functools.partial(model.hidden_states, batch.input_ids, batch.documents)
+            self._input_means = input_means(model, self.trained, run)
+
     def quantise_frozen(self) -> None:
         """Put what does not train into FP8, if asked for: at the latest when a step begins."""
         if self._loop.frozen == "fp8" and self._fp8_base is None and isinstance(self.model, Llama):
-            self._fp8_base = Fp8Base(self.model, self.trained)
+            self._fp8_base = Fp8Base(self.model, self.trained, self._input_means)
             if self._loop.compile:
                 compile_layers(self.model)
 

@@ -195,6 +195,9 @@ class Trainer:
                 CheckpointStore(self.folder / "states", keep_last=loop.keep_last, keep_best=loop.keep_best)
             )
             stop = stack.enter_context(stop_signal())
+            if loop.frozen == "fp8":
+                # Of the weights that the stage begins with, whatever is loaded in their place below.
+                self.train_step.measure_inputs(self.loader.micro_batches(0)[0])
             running = self._running = self._resume()
             done = running.step
             self._began = time.monotonic() - running.seconds

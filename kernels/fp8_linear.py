@@ -139,9 +139,9 @@ def triton_quantise_rows(parts: Sequence[Tensor], factors: Sequence[Tensor]) -> 
     matrices = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
     sizes = [matrix.shape[1] for matrix in matrices]
     absent = MOST_PARTS - len(matrices)
-    # Absent matrices are never read; the kernel takes others in their places.
-    given = [*matrices, *absent * [matrices[0]]]
-    weights = [*factors, *absent * [factors[0]]] if factors else MOST_PARTS * [scales]
+    # Absent tensors are never read; the kernel takes one in their places.
+    given = [*matrices, *absent * [scales]]
+    weights = [*factors, *absent * [scales]] if factors else MOST_PARTS * [scales]
     block = min(2048, next_power_of_2(max(sizes)))
     launch(
         *(_quantise_rows, (len(scales),)),
@@ -219,24 +219,28 @@ def quantise_rows(
     return Fp8Rows(*(triton_quantise_rows if kernels else torch_quantise_rows)(list(parts), list(factors)))
 
 
-def _library_product(a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _library_product(
+    a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
     """a·b by the library, b by columns; sums stay in the tensor cores, which keep fewer bits than fp32."""
     scaled_mm = torch._scaled_mm  # type: ignore[attr-defined]
-    return scaled_mm(a, b, row_scales, column_scales, out_dtype=dtype, use_fast_accum=True)
+    return scaled_mm(a, b, row_scales, column_scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
-def fp8_linear(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
-    """x·Wᵀ, [M, O] in `dtype` (bf16 on a GPU), with sums in fp32.
+def fp8_linear(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + bias, [M, O] in `dtype` (bf16 on a GPU), with sums in fp32.
 
     Args:
         x: [M, I].
         weight: [O, I].
         dtype: of the result.
+        bias: [O], in that dtype.
     """
     if on_gpu(x.codes):
-        return _library_product(x.codes, weight.codes.t(), x.scales, weight.scales.view(1, -1), dtype)
+        return _library_product(x.codes, weight.codes.t(), x.scales, weight.scales.view(1, -1), dtype, bias)
     y = x.codes.float() @ weight.codes.float().T
-    return y.mul_(x.scales).mul_(weight.scales.view(1, -1)).to(dtype)
+    y.mul_(x.scales).mul_(weight.scales.view(1, -1))
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
 
 def fp8_input_gradient(

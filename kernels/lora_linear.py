@@ -154,8 +154,7 @@ class _LoRALinears(torch.autograd.Function):
             if coded is None or S is None:
                 y = gemm(rows, W.T, *update, scale, bias=bias, triton_kernels=options.triton_gemms)
             else:
-                y = fp8_linear(coded, Fp8Rows(W, S), rows.dtype)
-                y = y if bias is None else y.add_(bias)
+                y = fp8_linear(coded, Fp8Rows(W, S), rows.dtype, bias)
                 y = y if t is None or B is None else y.addmm_(t[:, columns], B.T, alpha=scale)
             outputs.append(y)
 
@@ -302,8 +301,9 @@ class LoRALinear(nn.Linear):
     """y = x·Wᵀ + scale·(dropout(x)·Aᵀ)·Bᵀ with W as in the layer it replaces, A [r, in] and B [out, r].
 
     scale is alpha/r, or alpha/√r with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the
-    layer starts as the one it replaces. W keeps its name, `weight`; in FP8 it goes with `weight_scales`. Dropout
-    follows `train()` and `eval()`, and draws its seed from torch's generator of the input's device.
+    layer starts as the one it replaces. W keeps its name, `weight`; in FP8 it goes with `weight_scales`, and
+    `fp8_bias` in place of the bias. Dropout follows `train()` and `eval()`, and draws its seed from torch's generator
+    of the input's device.
     """
 
     def __init__(
@@ -323,6 +323,8 @@ class LoRALinear(nn.Linear):
         self.register_parameter("bias", base.bias)
         self.weight_scales: Tensor | None
         self.register_buffer("weight_scales", None, persistent=False)
+        self.fp8_bias: Tensor | None
+        self.register_buffer("fp8_bias", None, persistent=False)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
@@ -333,7 +335,8 @@ class LoRALinear(nn.Linear):
 
     def adapter_weights(self) -> LoRAWeights:
         """The layer's own tensors, for operations that take several layers at once."""
-        return LoRAWeights(self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.weight_scales)
+        bias = self.bias if self.fp8_bias is None else self.fp8_bias
+        return LoRAWeights(self.weight, bias, self.lora_A, self.lora_B, self.scale, self.weight_scales)
 
     def forward(self, input: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -60,14 +60,18 @@ def _seeds(seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _base_products(
-    x: Tensor, weights: Sequence[Tensor], weight_scales: Sequence[Tensor | None], options: LoRAOptions
+    x: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    options: LoRAOptions,
 ) -> list[Tensor]:
-    """x·Wᵀ of each weight."""
+    """x·Wᵀ of each weight; those in FP8 may have a bias."""
     in_fp8 = any(S is not None for S in weight_scales)
     coded = quantise_rows([x], backend=backend_of(options)) if in_fp8 else None
     return [
-        x @ W.T if coded is None or S is None else fp8_linear(coded, Fp8Rows(W, S), x.dtype)
-        for W, S in zip(weights, weight_scales, strict=True)
+        x @ W.T if coded is None or S is None else fp8_linear(coded, Fp8Rows(W, S), x.dtype, bias)
+        for W, S, bias in zip(weights, weight_scales, biases, strict=True)
     ]
 
 
@@ -79,6 +83,7 @@ class _LoRAMLP(torch.autograd.Function):
         W_up: Tensor, A_up: Tensor | None, B_up: Tensor | None,
         W_down: Tensor, A_down: Tensor | None, B_down: Tensor | None,
         S_gate: Tensor | None, S_up: Tensor | None, S_down: Tensor | None,
+        bias_gate: Tensor | None, bias_up: Tensor | None, bias_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Rows of the output."""
         x, rstd = normalised_rows(h, norm_weight, options)
@@ -86,13 +91,13 @@ class _LoRAMLP(torch.autograd.Function):
         t = t_down = None
         if A_gate is not None or A_up is not None:
             t = dropped_rows(x, seed_x, options) @ joined([A_gate, A_up]).T
-        gate_base, up_base = _base_products(x, (W_gate, W_up), (S_gate, S_up), options)
+        gate_base, up_base = _base_products(x, (W_gate, W_up), (S_gate, S_up), (bias_gate, bias_up), options)
         del x
         act, dropped = low_rank_swiglu(
             *(gate_base, up_base, *_updates(t, B_gate, B_up, options)),
             *(None if A_down is None else seed_act, options.dropout, options.triton_kernels),
         )
-        (y,) = _base_products(act, (W_down,), (S_down,), options)
+        (y,) = _base_products(act, (W_down,), (S_down,), (bias_down,), options)
         if A_down is not None and B_down is not None:
             t_down = dropped @ A_down.T
             y.addmm_(t_down, B_down.T, alpha=options.scales[2])
@@ -153,7 +158,8 @@ class _LoRAMLP(torch.autograd.Function):
                 grad_h, grad_norm = norm_backward(grad_x, None, h, norm_weight, rstd, needs_norm)
         return (
             *(grad_h if needs_h else None, grad_norm if needs_norm else None, None, None),
-            *(dW_gate, dA_gate, dB_gate, dW_up, dA_up, dB_up, dW_down, dA_down, dB_down, None, None, None),
+            *(dW_gate, dA_gate, dB_gate, dW_up, dA_up, dB_up, dW_down, dA_down, dB_down),
+            *(None for _ in range(6)),
         )
 
 
@@ -188,19 +194,19 @@ def lora_mlp(
         [..., H] in the dtype of `h`.
 
     Raises:
-        ValueError: if a layer has a bias, which no Llama has here, or A without B or the reverse; if `dropout` is not
-            in [0, 1), or lacks a seed of two numbers.
+        ValueError: if a layer that is not in FP8 has a bias, which no Llama has here, or A without B or the reverse; if
+            `dropout` is not in [0, 1), or lacks a seed of two numbers.
     """
     layers = (gate, up, down)
-    if any(layer.bias is not None for layer in layers):
+    if any(layer.bias is not None and layer.weight_scales is None for layer in layers):
         raise ValueError("biases are not supported: use lora_linear and swiglu for an MLP that has them")
     dropout, seed = checked_dropout(layers, dropout, seed, seeds=2)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.A, layer.B)]
-    scales = [layer.weight_scales for layer in layers]
+    of_fp8 = [*(layer.weight_scales for layer in layers), *(layer.bias for layer in layers)]
     kernels = use_triton(backend, h, *same_dtype(layers)) and (
         norm_weight is None or norm_takes_triton(backend, h, norm_weight)
     )
     options = LoRAOptions(tuple(layer.scale for layer in layers), norm_eps, dropout, kernels, triton_gemms=False)
-    y: Tensor = _LoRAMLP.apply(h, norm_weight, seed, options, *tensors, *scales)  # type: ignore[assignment]
+    y: Tensor = _LoRAMLP.apply(h, norm_weight, seed, options, *tensors, *of_fp8)  # type: ignore[assignment]
     # Viewed out here: what an autograd Function returns as a view must not be changed in place.
     return y if h.dim() == 2 else y.view(h.shape)

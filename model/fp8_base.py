@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -27,22 +28,26 @@ class Fp8Linear(nn.Linear):
     """A linear layer whose weight is in e4m3 with a scale for each output; it does not train.
 
     Args:
-        base: the layer it stands for, whose bias it shares.
+        base: the layer it stands for.
         weight: [O, I] float8_e4m3fn.
         scales: [O, 1] fp32.
+        fp8_bias: [O], in place of the layer's bias; None for that itself.
     """
 
-    def __init__(self, base: nn.Linear, weight: Tensor, scales: Tensor) -> None:
+    def __init__(self, base: nn.Linear, weight: Tensor, scales: Tensor, fp8_bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.train(base.training)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", base.bias)
         self.register_buffer("weight_scales", scales, persistent=False)
+        self.fp8_bias: Tensor | None
+        self.register_buffer("fp8_bias", fp8_bias, persistent=False)
 
     def adapter_weights(self) -> LoRAWeights:
         """The layer's own tensors, for operations that take several layers at once."""
-        return LoRAWeights(self.weight, self.bias, weight_scales=self.get_buffer("weight_scales"))
+        bias = self.bias if self.fp8_bias is None else self.fp8_bias
+        return LoRAWeights(self.weight, bias, weight_scales=self.get_buffer("weight_scales"))
 
     def forward(self, input: Tensor) -> Tensor:
         return lora_linear(input, self.adapter_weights())
@@ -65,25 +70,29 @@ class Fp8Base:
     """Puts the linear layers that do not train into FP8, and back to every bit of what they were.
 
     The originals of a GPU's model wait in the host's memory: on the GPU they would take twice what FP8 saves. On a CPU
-    they stay where they are. Codes follow from the weights alone, so that a resumed stage has the same. The embedding
-    and the LM head are never among the layers.
+    they stay where they are. The embedding and the LM head are never among the layers.
+
+    Codes follow from the weights alone. A weight's rounding is the same for every token, and where a few inputs are
+    always large, it is a bias of the output: with the inputs' means μ, (W − Ŵ)·μ is added to it, as in Nagel et al.
+    2019 (arXiv 1906.04721, section 4.2).
 
     Args:
         model: changed in place, one layer after the other: at no time does it take more than before and one layer.
         trained: names of the parameters that train at any time of the stage.
+        means: of the inputs of the layers, from `input_means`; a layer without keeps its bias.
 
     Raises:
         CheckpointError: if the GPU or the weights' dtype or sizes do not allow it.
     """
 
-    def __init__(self, model: nn.Module, trained: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, trained: Collection[str], means: Mapping[str, Tensor] | None = None) -> None:
         self._model = model
         self._originals: dict[str, _Original] = {}
         self.host_bytes = 0
         """That the originals of a GPU's model take of the host's memory."""
         check_fp8(model, trained)
         for name, layer in _frozen_layers(model, trained).items():
-            self._quantise(name, layer)
+            self._quantise(name, layer, None if means is None else means.get(name))
 
     @property
     def layers(self) -> list[str]:
@@ -91,9 +100,13 @@ class Fp8Base:
         return list(self._originals)
 
     @torch.no_grad()
-    def _quantise(self, name: str, layer: nn.Linear) -> None:
+    def _quantise(self, name: str, layer: nn.Linear, mean: Tensor | None) -> None:
         weight = cast(nn.Parameter, layer.weight)
-        codes, scales = quantise_rows([weight.detach()])
+        coded = codes, scales = quantise_rows([weight.detach()])
+        bias = None
+        if mean is not None:
+            bias = (weight.float() - coded.dequantised()) @ mean
+            bias = (bias if layer.bias is None else bias + layer.bias).to(weight.dtype)
         on_cpu = weight.device.type == "cpu"
         if not on_cpu:
             self.host_bytes += weight.nbytes
@@ -103,8 +116,9 @@ class Fp8Base:
         self._originals[name] = _Original(layer, kept, on_host, weight.detach().new_empty(0))
         if isinstance(layer, LoRALinear):
             layer.weight, layer.weight_scales = nn.Parameter(codes, requires_grad=False), scales
+            layer.fp8_bias = bias
         else:
-            replace_module(self._model, name, Fp8Linear(layer, codes, scales))
+            replace_module(self._model, name, Fp8Linear(layer, codes, scales, bias))
             if not on_cpu:
                 layer.weight = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
 
@@ -119,11 +133,38 @@ class Fp8Base:
                 weight = nn.Parameter(values, requires_grad=False)
             layer.weight = weight
             if isinstance(layer, LoRALinear):
-                layer.weight_scales = None
+                layer.weight_scales = layer.fp8_bias = None
             else:
                 layer.train(self._model.get_submodule(name).training)
                 replace_module(self._model, name, layer)
         self.host_bytes = 0
+
+
+@torch.no_grad()
+def input_means(model: nn.Module, trained: Collection[str], run: Callable[[], object]) -> dict[str, Tensor]:
+    """Mean input of each layer that `Fp8Base` would quantise, [I] fp32 by name.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        trained: see `Fp8Base`.
+        run: takes a batch through the model once.
+    """
+    means: dict[str, Tensor] = {}
+
+    def measure(name: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        means[name] = given[0].detach().flatten(0, -2).mean(0, dtype=torch.float32)
+
+    layers = _frozen_layers(model, trained)
+    hooks = [layer.register_forward_pre_hook(functools.partial(measure, name)) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        run()
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return means
 
 
 def _frozen_layers(model: nn.Module, trained: Collection[str]) -> dict[str, nn.Linear]:

@@ -256,8 +256,9 @@ def test_the_librarys_product_computes_the_same_from_the_same_layouts(monkeypatc
     weights = [weight(size, 64, seed=size, dtype=torch.bfloat16)[1] for size in sizes]
     x = quantise_rows([normal(32, 64, dtype=torch.bfloat16)])
     grads = [normal(32, size, seed=size, dtype=torch.bfloat16) for size in sizes]
-    expected = [fp8_linear(x, weights[0], torch.bfloat16), fp8_input_gradient(grads, weights)]
+    bias = normal(sizes[0], dtype=torch.bfloat16)
+    expected = [fp8_linear(x, weights[0], torch.bfloat16, bias), fp8_input_gradient(grads, weights)]
     monkeypatch.setattr(importlib.import_module("redwhale.kernels.fp8_linear"), "on_gpu", lambda tensor: True)
-    found = [fp8_linear(x, weights[0], torch.bfloat16), fp8_input_gradient(grads, weights)]
+    found = [fp8_linear(x, weights[0], torch.bfloat16, bias), fp8_input_gradient(grads, weights)]
     for a, e in zip(found, expected, strict=True):
         assert relative_error(a, e) < 2**-7

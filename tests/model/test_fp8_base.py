@@ -8,7 +8,8 @@ from tiny import TINY, tiny_model
 
 from redwhale.model import Fp8Base, PackedDocuments, add_lora, save_model
 from redwhale.model.errors import CheckpointError
-from redwhale.model.fp8_base import gpu_obstacle
+from redwhale.model.fp8_base import gpu_obstacle, input_means
+from redwhale.model.lora import linear_layers
 from redwhale.model.phi import Phi
 
 IDS = torch.arange(20) % 90
@@ -59,6 +60,27 @@ def test_every_module_and_every_bit_comes_back_and_the_mode_stays():
     assert dict(model.named_modules()) == modules
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_rounding_does_to_the_mean_of_an_output_is_taken_back(lora):
+    """Inputs with a few channels that are always large, as those of language models."""
+    model = tiny_model().requires_grad_(False)
+    model.model.embed_tokens.weight[:, :3] += 40 * torch.tensor([1.0, -0.7, 0.4]) * TINY.initializer_range
+    if lora:
+        add_lora(model, r=2, alpha=2.0)
+    run = lambda: model.hidden_states(IDS, DOCUMENTS)  # noqa: E731
+    stored, means = run(), input_means(model, [], run)
+    assert set(means) == set(linear_layers(model))
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(IDS))
+    torch.testing.assert_close(means["model.layers.0.self_attn.q_proj"], x.mean(0))
+    errors = {}
+    for name, given in (("plain", None), ("corrected", means)):
+        base = Fp8Base(model, [], given)
+        errors[name] = (run() - stored).norm()
+        base.restore()
+    assert errors["corrected"] < 0.7 * errors["plain"]
+    assert torch.equal(run(), stored)
 
 
 def test_layers_with_biases_and_of_other_families_are_put_into_fp8_too():
