@@ -95,16 +95,18 @@ def test_on_a_gpu_state_has_the_bytes_that_its_definition_gives():
     assert adamw["gradients"] == near(4 * count)
 
 
-def test_fp8_takes_a_byte_for_each_frozen_weight_of_the_layers_and_four_for_each_output():
+def test_fp8_takes_a_byte_for_each_frozen_weight_of_the_layers_and_six_for_each_output():
     with torch.device("meta"):
         layers = [m for name, m in Llama(CONFIG).named_modules() if name.endswith("_proj")]
     blocks = lambda nbytes: -(-nbytes // 512) * 512  # noqa: E731
-    matrices = [(m.in_features * m.out_features, 4 * m.out_features) for m in layers]  # type: ignore[operator]
+    # A scale and a bias for each output.
+    matrices = [(m.in_features * m.out_features, m.out_features) for m in layers]  # type: ignore[operator]
     embed_head, odd, _, lora = stages("redwhale")
     for stage, share in ((embed_head, 1.0), (odd, 0.5), (lora, 1.0)):
         stored, fp8 = planned(stage), planned(stage, frozen="fp8")
         saved = stored.peak["weights"] - fp8.peak["weights"]
-        assert saved == share * sum(blocks(2 * size) - blocks(size) - blocks(scales) for size, scales in matrices)
+        taken = sum(blocks(size) + blocks(4 * outputs) + blocks(2 * outputs) for size, outputs in matrices)
+        assert saved == share * (sum(blocks(2 * size) for size, _ in matrices) - taken)
         assert (stored.host_bytes, fp8.host_bytes) == (0, 2 * share * sum(size for size, _ in matrices))
         assert fp8.model_flops_per_token == stored.model_flops_per_token
         assert fp8.hardware_flops_per_token == pytest.approx(stored.hardware_flops_per_token, rel=1e-9)
