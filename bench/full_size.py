@@ -1,12 +1,15 @@
 """Every stage of the plan `redwhale` on a model of SOLAR-10.7B's shape with random weights: does it fit, how fast.
 
 Each stage runs in a process of its own, with the settings that `redwhale plan` finds fastest for the given memory, on
-sequences packed with documents. What is written: peak memory beside the plan's, tokens a second, MFU, the share of time
-of each kernel, and whether the loss stayed finite. Peers (transformers with peft, with Liger's kernels where they are
-installed) run the same stage where they can. A stage that the result file already has is not run again, so that a
-command that was cut off goes on where it stopped; `--again` starts over.
+sequences packed with documents: once with its frozen layers as stored, in bf16, and once in FP8, if the GPU multiplies
+that. What is written: peak memory beside the plan's, tokens a second, MFU (of the bf16 peak, FP8 too), the share of
+time of each kernel, whether the loss stayed finite, and how many times faster FP8 is, and each stage than the fastest
+peer. Peers (transformers with peft, with Liger's kernels where they are installed) run the same stage where they can,
+and the reason is written where they cannot. A case that the result file already has is not run again, so that a command
+that was cut off goes on where it stopped; `--again` starts over.
 
     python bench/full_size.py                                   # a GPU, 48 layers
+    python bench/full_size.py --stages embed+head lora          # FP8 against bf16 where it is meant for
     python bench/full_size.py --memory-limit 80                 # no more than an H100 has, on a larger GPU
     python bench/full_size.py --device cpu --scale tiny         # the same path on any machine, in seconds
 """
@@ -60,7 +63,8 @@ def stages() -> list[Stage]:
 def chosen_settings(options: argparse.Namespace, config: ModelConfig, stage: Stage, length: int, gpu: Gpu) -> StagePlan:
     """What is estimated fastest of what fits, or what the command line insists on."""
     batch = options.micro_batch or 8
-    loop = LoopConfig(batch_size=batch, micro_batch_size=options.micro_batch or "auto", activations=options.activations)
+    kept = {"activations": options.activations, "frozen": options.frozen}
+    loop = LoopConfig(batch_size=batch, micro_batch_size=options.micro_batch or "auto", **kept)
     where = {"sequence_length": length, "device": "gpu" if options.device == "cuda" else "cpu"}
     found = fastest_fit(config, stage, loop, gpu, **where)
     if found is None:
@@ -69,6 +73,7 @@ def chosen_settings(options: argparse.Namespace, config: ModelConfig, stage: Sta
         batch_size=ACCUMULATION * found.micro_batch_size,
         micro_batch_size=found.micro_batch_size,
         activations=found.activations,
+        frozen=options.frozen,
     )
     return plan_stage(config, stage, loop, gpu, **where)
 
@@ -92,12 +97,15 @@ def run_stage(options: argparse.Namespace) -> dict[str, Any]:
     if options.memory_limit:
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(options.memory_limit * 1e9 / gpu.bytes)
-        gpu = Gpu(gpu.name, int(options.memory_limit * 1e9), gpu.flops, gpu.bandwidth)
+        gpu = msgspec.structs.replace(gpu, bytes=int(options.memory_limit * 1e9))
+    if options.frozen == "fp8" and gpu.fp8_flops is None:
+        return {"skipped": f"{gpu.name} has no FP8 tensor cores"}
     plan = chosen_settings(options, config, stage, length, gpu)
     loop = LoopConfig(
         batch_size=ACCUMULATION * plan.micro_batch_size,
         micro_batch_size=plan.micro_batch_size,
         activations=plan.activations,
+        frozen=plan.frozen,
         compile=options.compile,
     )
     step = TrainStep(random_model(config, options.device), stage, loop, steps=1000, loss=next_token_loss)
@@ -193,6 +201,23 @@ def run_peer(options: argparse.Namespace, config: ModelConfig, length: int, docu
     }
 
 
+def times_faster(cases: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """By stage: FP8's speed over ours as stored, and that over the fastest peer's; None where one is missing."""
+    speeds: dict[str, dict[str, float]] = {}
+    for name, case in cases.items():
+        stage, _, who = name.rpartition("/")
+        speeds.setdefault(stage, {})[who] = case.get("tokens_per_second") or 0.0
+    ratios = {}
+    for stage, by_name in speeds.items():
+        fp8, ours = by_name.pop("redwhale-fp8", 0.0), by_name.pop("redwhale", 0.0)
+        peer = max(by_name.values(), default=0.0)
+        ratios[stage] = {
+            "fp8_than_stored": round(fp8 / ours, 3) if fp8 and ours else None,
+            "stored_than_fastest_peer": round(ours / peer, 3) if ours and peer else None,
+        }
+    return ratios
+
+
 def child(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """Run one case in a process of its own."""
     case = {**vars(options), **changes}
@@ -221,6 +246,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=8, help="that are timed (default: %(default)s)")
     arguments.add_argument("--micro-batch", type=int, help="sequences; by default what is estimated fastest")
     arguments.add_argument("--activations", default="auto", help="policy; by default what is estimated fastest")
+    arguments.add_argument("--frozen", nargs="+", choices=("stored", "fp8"), default=["stored", "fp8"], metavar="HOW")
     arguments.add_argument("--memory-limit", type=float, metavar="GB", help="take no more of the GPU than this")
     arguments.add_argument("--compile", action="store_true")
     arguments.add_argument("--peers", nargs="*", default=[], metavar="PEER", help="transformers, transformers-liger")
@@ -234,7 +260,7 @@ def main() -> None:
     file = RESULTS / f"{name}.json"
     cases: dict[str, Any] = json.loads(file.read_text())["cases"] if file.exists() and not given.again else {}
     for stage in given.stages:
-        wanted = [(f"{stage}/redwhale", {"peer": None})]
+        wanted = [(f"{stage}/redwhale{'-fp8' * (how == 'fp8')}", {"peer": None, "frozen": how}) for how in given.frozen]
         for peer in given.peers:
             wanted += [
                 (f"{stage}/{peer}{'-checkpointed' * c}", {"peer": peer, "checkpointed": c}) for c in (False, True)
@@ -243,9 +269,15 @@ def main() -> None:
             if case in cases and "failed" not in cases[case]:
                 continue
             cases[case] = child(given, stage=stage, **changes)
-            shown = {key: cases[case].get(key) for key in ("tokens_per_second", "mfu", "plan_error", "failed")}
-            print(case, {key: value for key, value in shown.items() if value is not None}, flush=True)
-            write_result(name, __file__, {"device": device, "accumulation": ACCUMULATION, "cases": cases})
+            shown = ("tokens_per_second", "mfu", "plan_error", "failed", "skipped", "out_of_memory")
+            print(case, {key: cases[case][key] for key in shown if cases[case].get(key) is not None}, flush=True)
+            found = {
+                "device": device,
+                "accumulation": ACCUMULATION,
+                "times_faster": times_faster(cases),
+                "cases": cases,
+            }
+            write_result(name, __file__, found)
 
 
 if __name__ == "__main__":

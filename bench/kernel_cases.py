@@ -11,6 +11,7 @@ from torch import Tensor
 from redwhale.kernels.adamw_8bit_optimizer import AdamW8bit
 from redwhale.kernels.dropout import dropout_seed, seeded_dropout
 from redwhale.kernels.embedding import embedding
+from redwhale.kernels.fp8_linear import quantise_rows, triton_transposed
 from redwhale.kernels.launch import compute_capability
 from redwhale.kernels.linear_cross_entropy import linear_cross_entropy
 from redwhale.kernels.lora_linear import LoRAWeights, lora_linears
@@ -235,6 +236,24 @@ def _low_rank_gemm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> 
                 low_rank_gemm(x, weight.T, t, B.T, 0.5, **options)
                 low_rank_gemm(grad_y, weight, t, A, seed=seed, dropout=0.05, **options)
                 low_rank_gemm(grad_y, weight, addend=torch.empty_like(x), **options)
+
+    return run
+
+
+@case("fp8_linear")
+def _fp8_linear(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Run:
+    like = {"device": device, "dtype": dtype, "grad": False}
+    hidden, kv, wide = shapes.hidden, shapes.kv_heads * shapes.head_dim, shapes.feed_forward
+    x = random(shapes.tokens, hidden, **like)
+    groups = [[random(outputs, hidden, **like) for outputs in sizes] for sizes in ((hidden, kv, kv), (wide, wide))]
+
+    def run() -> None:
+        quantise_rows([x], backend="triton")
+        for group in groups:
+            weights = [quantise_rows([weight], backend="triton") for weight in group]
+            grads = [random(shapes.tokens, len(weight), **like) for weight in group]
+            quantise_rows(grads, [weight.scales for weight in weights], backend="triton")
+            triton_transposed([weight.codes for weight in weights])
 
     return run
 

@@ -17,11 +17,12 @@ from redwhale.engine import LoopConfig, Stage
 from redwhale.engine.allocations import measured_peak
 from redwhale.engine.batches import Batch
 from redwhale.engine.gpus import GPUS
+from redwhale.engine.loop_config import Frozen, loop_of
 from redwhale.engine.losses import next_token_loss
 from redwhale.engine.memory_plan import stage_memory
 from redwhale.engine.plans import PLANS, plan_stages
 from redwhale.engine.recipe import load_recipe
-from redwhale.engine.run_plan import BANDWIDTH_SHARE, GEMM_SHARE, fastest_fit, plan_stage
+from redwhale.engine.run_plan import BANDWIDTH_SHARE, FP8_SHARE, GEMM_SHARE, fastest_fit, plan_stage
 from redwhale.engine.train_step import TrainStep
 from redwhale.model import Llama, PackedDocuments, preset
 
@@ -31,6 +32,7 @@ LENGTH, SEQUENCES, NEW = 256, 2, 3000
 
 def train(stage: Stage, loop: LoopConfig, dtype: torch.dtype) -> None:
     """Two steps of two micro-batches."""
+    loop = loop_of(stage, loop)
     step = TrainStep(Llama(SMALL).to(dtype), stage, loop, steps=10, loss=next_token_loss, first_new_row=NEW)
     for number in range(2):
         micro_batches = []
@@ -40,6 +42,7 @@ def train(stage: Stage, loop: LoopConfig, dtype: torch.dtype) -> None:
             micro_batches.append(Batch(ids, ids.clone(), documents, len(ids)))
         step.take(number, micro_batches, 2 * SEQUENCES * LENGTH)
         del micro_batches
+    step.restore_frozen()
 
 
 def main() -> None:
@@ -54,9 +57,12 @@ def main() -> None:
     for name in PLANS:
         optimizers = ("adamw", "adamw_8bit") if name in ("redwhale", "full") else ("adamw",)
         policies = ("none", "recompute-cheap", "full") if name == "redwhale" else ("recompute-cheap",)
-        for stage, optimizer, policy in itertools.product(plan_stages(name, 10**6), optimizers, policies):
+        frozen_ways: tuple[Frozen, ...] = ("stored", "fp8") if name == "redwhale" else ("stored",)
+        for stage, optimizer, policy, frozen in itertools.product(
+            plan_stages(name, 10**6), optimizers, policies, frozen_ways
+        ):
             dtype = torch.bfloat16 if len(compared) % 3 else torch.float32
-            stage = msgspec.structs.replace(stage, optimizer=optimizer)
+            stage = msgspec.structs.replace(stage, optimizer=optimizer, frozen=frozen)
             loop = LoopConfig(batch_size=2 * SEQUENCES, micro_batch_size=SEQUENCES, activations=policy)
             options = {"sequence_length": LENGTH, "dtype": dtype, "device": "cpu", "first_new_row": NEW}
             planned = stage_memory(SMALL, stage, loop, **options).peak_bytes
@@ -66,6 +72,7 @@ def main() -> None:
                 "stage": stage.name,
                 "optimizer": optimizer,
                 "activations": policy,
+                "frozen": frozen,
                 "dtype": str(dtype),
             }
             compared.append(
@@ -86,21 +93,25 @@ def main() -> None:
             plan = plan_stage(config, stage, recipe.train, GPUS[gpu], **options)
             free = msgspec.structs.replace(recipe.train, micro_batch_size="auto", activations="auto")
             best = fastest_fit(config, stage, free, GPUS[gpu], **options)
-            both = {"recipe": plan, "fastest": best}
+            ways = {"recipe": plan, "fastest": best}
+            if GPUS[gpu].fp8_flops is not None:
+                in_fp8 = msgspec.structs.replace(free, frozen="fp8")
+                ways["fastest_fp8"] = fastest_fit(config, stage, in_fp8, GPUS[gpu], **options)
             plans.setdefault(gpu, []).append(
                 {
                     kind: {**msgspec.to_builtins(p), "bytes": p.bytes, "hours": round(p.hours, 1)} if p else None
-                    for kind, p in both.items()
+                    for kind, p in ways.items()
                 }
             )
-            print(gpu, stage.name, f"{plan.bytes / 1e9:.1f} GB", f"{plan.tokens_per_second:,.0f} tokens/s")
+            speeds = {kind: f"{p.tokens_per_second:,.0f} tokens/s" for kind, p in ways.items() if p}
+            print(gpu, stage.name, f"{plan.bytes / 1e9:.1f} GB", speeds)
     write_result(
         given.result,
         __file__,
         {
             "compared": compared,
             "largest_error": max(errors),
-            "shares_assumed": {"products": GEMM_SHARE, "bandwidth": BANDWIDTH_SHARE},
+            "shares_assumed": {"products": GEMM_SHARE, "fp8_products": FP8_SHARE, "bandwidth": BANDWIDTH_SHARE},
             "plans": plans,
         },
     )

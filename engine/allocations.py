@@ -24,7 +24,8 @@ class Costs:
     """FLOPs, memory traffic and estimated time of operations, by moment.
 
     Args:
-        seconds: of an operation by its kind ("product", "attention" or "pass" over memory), FLOPs and bytes.
+        seconds: of an operation by its kind ("product", "fp8 product", "attention" or "pass" over memory), FLOPs and
+            bytes.
     """
 
     def __init__(self, seconds: Callable[[str, int, int], float]) -> None:
@@ -138,12 +139,13 @@ class Allocations(TorchDispatchMode):
         nbytes = sum(map(_nbytes, _tensors((*args, *kwargs.values()))))
         nbytes += sum(map(_nbytes, _tensors(result))) if fresh else 0
         flops = _product_flops(func, args)
-        self.costs.add(self.moment, "product" if flops else "pass", flops, nbytes)
+        product = "fp8 product" if func.overloadpacket is _aten._scaled_mm else "product"
+        self.costs.add(self.moment, product if flops else "pass", flops, nbytes)
 
 
 _aten = torch.ops.aten
 _FREE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach, _aten.set_, _aten.lift}
-_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.baddbmm: 1}
+_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten._scaled_mm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.baddbmm: 1}
 """Matrix products by the place of their left factor."""
 
 

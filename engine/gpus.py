@@ -8,6 +8,7 @@ import re
 import msgspec
 import torch
 
+from ..model.fp8_base import multiplies_fp8
 from .errors import RecipeError
 from .flops import peak_flops_by_name
 
@@ -22,15 +23,17 @@ class Gpu(msgspec.Struct, frozen=True):
     """Dense bf16 FLOP/s."""
     bandwidth: float
     """Bytes of memory a second."""
+    fp8_flops: float | None = None
+    """Dense FP8 FLOP/s with sums in fp32; None for a GPU that does not multiply FP8."""
 
 
 GPUS = {
-    "h100-80gb": Gpu("h100-80gb", 80 * 10**9, 989.4e12, 3.35e12),
-    "h200": Gpu("h200", 141 * 10**9, 989.4e12, 4.8e12),
+    "h100-80gb": Gpu("h100-80gb", 80 * 10**9, 989.4e12, 3.35e12, 1978.9e12),
+    "h200": Gpu("h200", 141 * 10**9, 989.4e12, 4.8e12, 1978.9e12),
     "a100-80gb": Gpu("a100-80gb", 80 * 10**9, 312e12, 2.039e12),
     "a100-40gb": Gpu("a100-40gb", 40 * 10**9, 312e12, 1.555e12),
-    "l40s": Gpu("l40s", 48 * 10**9, 362.05e12, 0.864e12),
-    "rtx4090": Gpu("rtx4090", 24 * 10**9, 165.2e12, 1.008e12),
+    "l40s": Gpu("l40s", 48 * 10**9, 362.05e12, 0.864e12, 733e12),
+    "rtx4090": Gpu("rtx4090", 24 * 10**9, 165.2e12, 1.008e12, 330.3e12),
 }
 """By NVIDIA's data sheets; SXM where there are several."""
 
@@ -40,23 +43,29 @@ _SIZES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 def find_gpu(text: str) -> Gpu:
     """A GPU of `GPUS` by its name, or one described as NAME=BYTES,TFLOPS,GBPS, such as mine=48GB,180,900.
 
+    A fourth number are TFLOP/s in FP8.
+
     Raises:
         RecipeError: for anything else.
     """
     if text in GPUS:
         return GPUS[text]
     name, separator, described = text.partition("=")
-    fields = re.fullmatch(r"([\d.]+)\s*([kmgt]?)b?,([\d.]+),([\d.]+)", described.strip().lower()) if name else None
+    number = r"([\d.]+)"
+    pattern = rf"{number}\s*([kmgt]?)b?,{number},{number}(?:,{number})?"
+    fields = re.fullmatch(pattern, described.strip().lower()) if name else None
     try:
         if separator and fields is not None:
-            size, unit, tflops, gbps = fields.groups()
-            gpu = Gpu(name, int(float(size) * _SIZES.get(unit, 1)), float(tflops) * 1e12, float(gbps) * 1e9)
-            if min(gpu.bytes, gpu.flops, gpu.bandwidth) > 0:
+            size, unit, tflops, gbps, fp8 = fields.groups()
+            rates = [float(tflops) * 1e12, float(gbps) * 1e9, *([] if fp8 is None else [float(fp8) * 1e12])]
+            gpu = Gpu(name, int(float(size) * _SIZES.get(unit, 1)), *rates)
+            if min(gpu.bytes, *rates) > 0:
                 return gpu
     except ValueError:
         pass
     raise RecipeError(
-        f"gpu {text!r} is not known; known are {', '.join(GPUS)}, and NAME=BYTES,TFLOPS,GBPS such as mine=48GB,180,900"
+        f"gpu {text!r} is not known; known are {', '.join(GPUS)}, and NAME=BYTES,TFLOPS,GBPS such as mine=48GB,180,900 "
+        "(a fourth number: TFLOP/s in FP8)"
     )
 
 
@@ -64,7 +73,8 @@ def gpu_at_hand(device: torch.device) -> Gpu:
     """The GPU of a device, with the memory that the driver reports and rates as far as they are known."""
     properties = torch.cuda.get_device_properties(device)
     flops = peak_flops_by_name(properties.name, torch.bfloat16) or GPUS["a100-80gb"].flops
-    return Gpu(properties.name, properties.total_memory, flops, GPUS["h100-80gb"].bandwidth * flops / 989.4e12)
+    fp8 = 2 * flops if multiplies_fp8(device) else None
+    return Gpu(properties.name, properties.total_memory, flops, GPUS["h100-80gb"].bandwidth * flops / 989.4e12, fp8)
 
 
 def this_machine() -> Gpu:

@@ -8,7 +8,7 @@ import msgspec
 
 from ..model.activations import Activations
 from .optimizer_config import NotNegative
-from .stages import Auto, Positive, Stage
+from .stages import Auto, Frozen, Positive, Stage
 
 NotNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 Tracker = Literal["tensorboard", "wandb"]
@@ -24,6 +24,10 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     takes what is estimated fastest of what fits the device."""
     activations: Activations | Auto = "recompute-cheap"
     """What the forward pass keeps for backward, see `Llama`."""
+    frozen: Frozen = "stored"
+    """What the layers' frozen matrices are while a stage trains: as stored, or "fp8" (e4m3 with a scale for each
+    output), for GPUs that multiply FP8. They come back bit for bit when it ends. What trains is never quantised, nor
+    are the embedding, the LM head and the adapters."""
     compile: bool = False
     """Compile the decoder layers with torch.compile."""
     z_loss: NotNegative = 0.0
@@ -83,7 +87,7 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
     """The loop with what the stage itself says of it."""
-    names = ("batch_size", "micro_batch_size", "activations")
+    names = ("batch_size", "micro_batch_size", "activations", "frozen")
     own = {name: value for name in names if (value := getattr(stage, name)) is not None}
     return msgspec.structs.replace(loop, **own)
 

@@ -37,9 +37,11 @@ class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
     peak: dict[Kind, int]
     """When their sum is highest."""
     moment: str
-    """When that is: "setup", "forward", "backward" or "update"."""
+    """When that is: "setup", "forward", "backward", "update" or, with the weights back that FP8 stood for, "end"."""
     working: int
     """Beside weights, optimizer state and gradients, when that is most."""
+    host_bytes: int
+    """Of the host's memory that frozen weights of a GPU's model take meanwhile."""
     micro_batches: int
     """Of a step that was taken."""
     tokens: int
@@ -88,7 +90,7 @@ def stage_memory(
         loop: of the trainer.
         sequence_length: tokens of a sequence, which is taken to be one document.
         dtype: of weights and forward pass.
-        device: "gpu" plans Triton's kernels and flash attention, "cpu" PyTorch's operations.
+        device: "gpu" plans Triton's kernels, flash attention and FP8 tensor cores, "cpu" PyTorch's operations.
         first_new_row: see `Trainer`.
         costs: told of every operation of the second step.
 
@@ -133,10 +135,14 @@ def stage_memory(
             if number == 0:
                 # What the first step makes and keeps is there in all others, and has its label now.
                 allocations.start_over()
+        host_bytes = step.host_bytes
+        allocations.moment, allocations.kind, allocations.costs = "end", "weights", None
+        step.restore_frozen()
         return StageMemory(
             peak=dict(allocations.peak),
             moment=allocations.peak_moment,
             working=allocations.most_working,
+            host_bytes=host_bytes,
             micro_batches=count,
             tokens=tokens,
             model_flops=step.flops // 2,
@@ -181,5 +187,5 @@ def _label_state(step: TrainStep, allocations: Allocations) -> None:
         allocations.label(tensor, "masters" if name.startswith("master") else "moments")
     for tensor in step.optimizer.gradient_tensors():
         allocations.label(tensor, "gradients")
-    for parameter in step.model.parameters():
-        allocations.label(parameter, "weights")
+    for tensor in (*step.model.parameters(), *step.model.buffers()):  # scales of FP8 weights are buffers
+        allocations.label(tensor, "weights")

@@ -267,6 +267,11 @@ class StageOptimizer:
             "gradients": sum(tensor.nbytes for tensor in self.gradient_tensors()),
         }
 
+    def free_gradients(self) -> None:
+        """Give back, between two steps, the memory in which gradients add up, but for the kernels' buffers."""
+        for name in self.parameters:
+            self._gradients.drop(name, free=True)
+
     def gradient_tensors(self) -> list[Tensor]:
         """The gradients that are held now, and the buffers that kernels add to."""
         return self._gradients.tensors()

@@ -95,15 +95,22 @@ def _planned(
     config: ModelConfig, stage: Stage, train: LoopConfig, gpu: Gpu, options: dict[str, Any]
 ) -> tuple[StagePlan, list[str]]:
     """A stage's plan as the recipe has it, and what to say about it."""
-    loop = loop_of(stage, train)
-    stage = msgspec.structs.replace(stage, micro_batch_size=None, activations=None)
+    loop, notes = loop_of(stage, train), []
+    if loop.frozen == "fp8" and gpu.fp8_flops is None:
+        notes.append(
+            f'{stage.name} would end with an error: frozen = "fp8" needs FP8 tensor cores, and {gpu.name} has none; '
+            'planned with "stored"'
+        )
+        loop = msgspec.structs.replace(loop, frozen="stored")
+    stage = msgspec.structs.replace(stage, micro_batch_size=None, activations=None, frozen=None)
     free = msgspec.structs.replace(loop, micro_batch_size="auto", activations="auto")
     best = fastest_fit(config, stage, free, gpu, **options)
     plan = None
     if loop.is_auto:
         plan = best if loop == free else fastest_fit(config, stage, loop, gpu, **options)
     plan = plan or plan_stage(config, stage, least_of(loop), gpu, **options)
-    notes = []
+    if plan.host_bytes:
+        notes.append(f"{stage.name} keeps {plan.host_bytes / 1e9:.1f} GB of frozen weights in the host's memory")
     if not plan.fits:
         notes.append(f"{stage.name} {remedy(config, stage, loop, gpu, **options)}")
     if best is not None and (not plan.fits or best.tokens_per_second > 1.02 * plan.tokens_per_second):
@@ -124,6 +131,7 @@ def table(plans: list[StagePlan], price: float | None = None) -> Iterator[str]:
         "optimizer",
         "micro",
         "keeps",
+        "frozen",
         *_COLUMNS,
         "reserve",
         "needs",
@@ -137,7 +145,7 @@ def table(plans: list[StagePlan], price: float | None = None) -> Iterator[str]:
     for plan in plans:
         sizes = [plan.peak.get(kind, 0) for kind in _COLUMNS] + [plan.reserve, plan.bytes]
         row = (
-            *(plan.stage, plan.optimizer, str(plan.micro_batch_size), plan.activations),
+            *(plan.stage, plan.optimizer, str(plan.micro_batch_size), plan.activations, plan.frozen),
             *(f"{size / 1e9:.1f}" for size in sizes),
             *(plan.moment, "fits" if plan.fits else "TOO LARGE"),
             *(f"{plan.model_flops_per_token / 1e9:.1f}", f"{plan.tokens_per_second:,.0f}", f"{plan.hours:.1f}"),
@@ -146,7 +154,7 @@ def table(plans: list[StagePlan], price: float | None = None) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(
-            cell.ljust(width) if name in ("stage", "optimizer", "keeps", "at", "") else cell.rjust(width)
+            cell.ljust(width) if name in ("stage", "optimizer", "keeps", "frozen", "at", "") else cell.rjust(width)
             for name, cell, width in zip((*head, "cost"), row, widths, strict=False)
         ).rstrip()
 

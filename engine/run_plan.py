@@ -15,16 +15,17 @@ from .errors import RecipeError
 from .gpus import Gpu, gpu_at_hand, this_machine
 from .loop_config import LoopConfig, loop_of
 from .memory_plan import Device, stage_memory
-from .stages import Stage
+from .stages import Frozen, Stage
 
 CONTEXT_BYTES = 1_000_000_000
 """Set aside for what torch's allocator does not hand out: the driver's context, kernels, workspaces of cuBLAS."""
 FRAGMENTS = 0.03
 """Share of the peak set aside for memory that lies between blocks in use."""
-GEMM_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.5, 0.8
+GEMM_SHARE, FP8_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.6, 0.5, 0.8
 """Of the data sheet's rates. Products: large bf16 GEMMs on an H100 stay below 0.8 at the power it may take, those of a
-training step below that. Attention: FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) has 0.67 forward and 0.45
-backward, older ones less. None of the three has been measured with this engine."""
+training step below that, and FP8 with scales by row, at the same power, a little more so. Attention:
+FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) has 0.67 forward and 0.45 backward, older ones less. None of
+the four has been measured with this engine."""
 _ORDER: tuple[Activations, ...] = ("none", "recompute-cheap", "full")
 """Policies from what computes least to what takes least memory. Offloading depends on the host, and is not chosen."""
 
@@ -36,6 +37,7 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str
     micro_batch_size: int
     activations: Activations
+    frozen: Frozen
     peak: dict[Kind, int]
     """Bytes when their sum is highest."""
     moment: str
@@ -44,6 +46,8 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes beside weights, optimizer state and gradients, when they are most: what sharding leaves as it is."""
     reserve: int
     """Bytes set aside: CONTEXT_BYTES and FRAGMENTS."""
+    host_bytes: int
+    """Of the host's memory, for the weights that FP8 stands for."""
     fits: bool
     model_flops_per_token: float
     """What the mathematics asks for, attention included."""
@@ -66,10 +70,9 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 def seconds_on(gpu: Gpu) -> Any:
     """Seconds of an operation: the longer of its arithmetic and its memory traffic."""
-    rates = {"product": GEMM_SHARE, "attention": ATTENTION_SHARE, "pass": 1.0}
-    return lambda kind, flops, nbytes: max(
-        flops / (gpu.flops * rates[kind]), nbytes / (gpu.bandwidth * BANDWIDTH_SHARE)
-    )
+    rates = {"product": GEMM_SHARE * gpu.flops, "attention": ATTENTION_SHARE * gpu.flops, "pass": gpu.flops}
+    rates["fp8 product"] = FP8_SHARE * (gpu.fp8_flops or gpu.flops)
+    return lambda kind, flops, nbytes: max(flops / rates[kind], nbytes / (gpu.bandwidth * BANDWIDTH_SHARE))
 
 
 def plan_stage(
@@ -94,8 +97,13 @@ def plan_stage(
         dtype: of the weights.
         first_new_row: see `Trainer`.
         device: see `stage_memory`.
+
+    Raises:
+        RecipeError: for FP8 on a GPU that does not multiply it.
     """
     loop = loop_of(stage, loop)
+    if loop.frozen == "fp8" and gpu.fp8_flops is None and device == "gpu":
+        raise RecipeError(f'frozen = "fp8" needs FP8 tensor cores, and {gpu.name} has none')
     costs = Costs(seconds_on(gpu))
     memory = stage_memory(
         config, stage, loop, sequence_length=sequence_length, dtype=dtype, first_new_row=first_new_row, costs=costs,
@@ -109,10 +117,12 @@ def plan_stage(
         optimizer=stage.optimizer,
         micro_batch_size=loop.resolved_micro_batch_size,
         activations=loop.resolved_activations,
+        frozen=loop.frozen,
         peak={kind: size for kind, size in memory.peak.items() if size},
         moment=memory.moment,
         working=memory.working,
         reserve=CONTEXT_BYTES + int(FRAGMENTS * memory.peak_bytes),
+        host_bytes=memory.host_bytes,
         fits=CONTEXT_BYTES + (1 + FRAGMENTS) * memory.peak_bytes <= gpu.bytes,
         model_flops_per_token=memory.model_flops / memory.tokens,
         hardware_flops_per_token=sum(costs.flops.values()) / memory.tokens,

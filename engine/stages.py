@@ -19,6 +19,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Precision = Literal["auto", "bf16", "fp32"]
 Auto = Literal["auto"]
+Frozen = Literal["stored", "fp8"]
 
 
 class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,9 +96,10 @@ class Stage(OptimizerConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     inherit: bool = False
     """Go on with the optimizer state of the parameters that the stage before trained too; else all begins anew."""
     batch_size: Positive | None = None
-    """Sequences in a global batch; None, here and in the next three, for what the loop says."""
+    """Sequences in a global batch; None, here and in the next four, for what the loop says."""
     micro_batch_size: Positive | Auto | None = None
     activations: Activations | Auto | None = None
+    frozen: Frozen | None = None
     precision: Precision | None = None
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model import Llama, add_lora
+from ..model import Fp8Base, Llama, add_lora
 from ..model.activations import compile_layers
+from ..model.fp8_base import check_fp8, input_means
 from .batches import Batch
 from .flops import StepFlops, attention_pairs, training_flops
 from .loop_config import LoopConfig
@@ -45,7 +47,7 @@ class TrainStep:
     Args:
         model: changed in place: adapters are added, and exactly what the stage names requires gradients.
         stage: what trains and how.
-        loop: activations, compilation, spikes.
+        loop: activations, FP8, compilation, spikes.
         steps: of the whole stage, for the learning rate.
         loss: of the model on a batch.
         seed: of adapters, dropout, blocks and stochastic rounding.
@@ -70,9 +72,14 @@ class TrainStep:
         self.trained = select_parameters(model, stage.train, first_new_row=first_new_row)
         freeze_all_but(model, self.trained)
         model.train()
+        self._loop = loop
+        self._fp8_base: Fp8Base | None = None
+        self._input_means: dict[str, Tensor] | None = None
         if isinstance(model, Llama):
+            if loop.frozen == "fp8":
+                check_fp8(model, self.trained)
             model.model.activations = loop.resolved_activations
-            if loop.compile:
+            if loop.compile and loop.frozen != "fp8":  # else once the layers are in FP8
                 compile_layers(model)
         self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed)
         self.guard = SpikeGuard(loop.spike_sigma, device=self.device)
@@ -94,6 +101,8 @@ class TrainStep:
             num_targets: target tokens of the whole global batch, by which its summed loss is divided: every token
                 weighs the same, however micro-batches divide them.
         """
+        self.measure_inputs(micro_batches[0])
+        self.quantise_frozen()
         self._activate(step)
         num_targets = max(1, num_targets)
         self._skip.zero_()
@@ -109,6 +118,36 @@ class TrainStep:
         sums = torch.cat([sums, torch.full_like(sums[:1], num_targets)])
         self._sums += sums.masked_fill(self._skip, 0.0)
         self._flops += self._step_flops(micro_batches)
+
+    def measure_inputs(self, batch: Batch) -> None:
+        """Take the means of the inputs of what will be put into FP8, once.
+
+        Training that goes on has to call it before `load_state_tensors`, with the first batch of the stage, to have the
+        same numbers; in training from the beginning, the first step calls it.
+        """
+        model = self.model
+        if self._loop.frozen == "fp8" and self._input_means is None and isinstance(model, Llama):
+            run = functools.partial(model.hidden_states, batch.input_ids, batch.documents)
+            self._input_means = input_means(model, self.trained, run)
+
+    def quantise_frozen(self) -> None:
+        """Put what does not train into FP8, if asked for: at the latest when a step begins."""
+        if self._loop.frozen == "fp8" and self._fp8_base is None and isinstance(self.model, Llama):
+            self._fp8_base = Fp8Base(self.model, self.trained, self._input_means)
+            if self._loop.compile:
+                compile_layers(self.model)
+
+    def restore_frozen(self) -> None:
+        """Put the weights back that FP8 stood for, bit for bit: before adapters are merged, and when a stage ends."""
+        if self._fp8_base is not None:
+            self.optimizer.free_gradients()  # the weights take more than their codes
+            self._fp8_base.restore()
+            self._fp8_base = None
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's memory that frozen weights of a GPU's model take."""
+        return 0 if self._fp8_base is None else self._fp8_base.host_bytes
 
     def forward_backward(self, step: int, micro_batches: list[Batch], num_targets: int) -> Tensor:
         """Gradients of a global batch; returns the sums of its cross-entropy and its lse, [2] fp64 on the device."""

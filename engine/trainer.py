@@ -187,6 +187,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         loop = self.loop
         with contextlib.ExitStack() as stack:
+            stack.callback(self.train_step.restore_frozen)
             self._telemetry = stack.enter_context(
                 Telemetry(self.folder, trackers=loop.trackers, run_name=self.stage.name)
             )
@@ -194,6 +195,9 @@ class Trainer:
                 CheckpointStore(self.folder / "states", keep_last=loop.keep_last, keep_best=loop.keep_best)
             )
             stop = stack.enter_context(stop_signal())
+            if loop.frozen == "fp8":
+                # Of the weights that the stage begins with, whatever is loaded in their place below.
+                self.train_step.measure_inputs(self.loader.micro_batches(0)[0])
             running = self._running = self._resume()
             done = running.step
             self._began = time.monotonic() - running.seconds
@@ -202,6 +206,8 @@ class Trainer:
             self._throughput = Throughput(total, done_tokens=before, peak_flops=peak)
             if not running.before and self.validation:
                 running.before = self._validate(0)
+            # Behind that: before and after are told of the weights that are handed on, in between of those that train.
+            self.train_step.quantise_frozen()
             self._bar = stack.enter_context(
                 Progress(f"train {self.stage.name}", self._tokens(self.steps), "tok", self._tokens(done))
             )
@@ -227,6 +233,7 @@ class Trainer:
 
             if loop.keep_best:
                 self._restore_best(done)
+            self.train_step.restore_frozen()
             if self.stage.trains_adapters_alone:
                 save_adapter(self.model, self.folder / "adapter", base_model_name=self.base_model_name)
             trained_parameters = sum(parameter.numel() for parameter in self.train_step.trained.values())

@@ -9,6 +9,7 @@ from .adamw_8bit_optimizer import AdamW8bit
 from .backend import Backend, kernel_backend, set_kernel_backend
 from .dropout import dropout_seed, seeded_dropout
 from .embedding import Embedding, embedding
+from .fp8_linear import Fp8Rows, fp8_input_gradient, fp8_linear, quantise_rows
 from .linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropyOutput, linear_cross_entropy
 from .lora_linear import LoRALinear, LoRAWeights, lora_linear, lora_linears
 from .lora_mlp import lora_mlp
@@ -21,6 +22,7 @@ __all__ = [
     "AdamW8bit",
     "Backend",
     "Embedding",
+    "Fp8Rows",
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
     "LoRALinear",
@@ -32,11 +34,14 @@ __all__ = [
     "apply_rope",
     "dropout_seed",
     "embedding",
+    "fp8_input_gradient",
+    "fp8_linear",
     "kernel_backend",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linears",
     "lora_mlp",
+    "quantise_rows",
     "rms_norm",
     "rope_cos_sin",
     "row_range",

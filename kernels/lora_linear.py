@@ -13,6 +13,9 @@ What plain autograd spends beyond that, and this does not:
 Remaining: t costs a read of x, U = scale·dY·B one of dY, the gradients of A and B one more of either: each product is
 bound by memory, at 2·r FLOPs a value. With the backend "triton" the updates take no reads and writes of y and dX
 (see low_rank_gemm.py).
+
+A base weight may be in FP8 with a scale for each output (see fp8_linear.py): then the shared input is quantised once
+for the group, and one product gives the base's part of dX for all of it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .dropout import apply_mask, dropout_seed
+from .fp8_linear import Fp8Rows, fp8_input_gradient, fp8_linear, quantise_rows
 from .launch import rows_of
 from .low_rank_gemm import gemm, scaled_mm, triton_gemms
 from .rms_norm import (
@@ -42,7 +46,7 @@ class LoRAWeights(NamedTuple):
     """The tensors of one linear layer and of its adapter, if it has one."""
 
     weight: Tensor
-    """[O, I]: the base's weight, frozen as a rule."""
+    """[O, I]: the base's weight, frozen as a rule; float8_e4m3fn, and frozen, with `weight_scales`."""
     bias: Tensor | None = None
     """[O]."""
     A: Tensor | None = None
@@ -51,6 +55,8 @@ class LoRAWeights(NamedTuple):
     """[O, r]."""
     scale: float = 1.0
     """Of the update B·A."""
+    weight_scales: Tensor | None = None
+    """[O, 1] fp32: by them the rows of an FP8 weight are multiplied."""
 
 
 class LoRAOptions(NamedTuple):
@@ -61,9 +67,9 @@ class LoRAOptions(NamedTuple):
     triton_gemms: bool
 
 
-def _fours(values: Sequence) -> list[Sequence]:
-    """What belongs to each layer: (weight, bias, A, B)."""
-    return [values[start : start + 4] for start in range(0, len(values), 4)]
+def _by_layer(values: Sequence) -> list[Sequence]:
+    """What belongs to each layer: (weight, bias, A, B, scales of the weight)."""
+    return [values[start : start + 5] for start in range(0, len(values), 5)]
 
 
 def _columns_of(ranks: Sequence[int]) -> Iterator[slice]:
@@ -92,33 +98,77 @@ def joined(matrices: Sequence[Tensor | None]) -> Tensor:
     return present[0] if len(present) == 1 else torch.cat(present)
 
 
+def backend_of(options: LoRAOptions) -> Backend:
+    """The backend of quantisation."""
+    return "triton" if options.triton_kernels else "torch"
+
+
+def input_gradient(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], weight_scales: Sequence[Tensor | None], u: Tensor | None,
+    A: Tensor | None, seed: Tensor | None, options: LoRAOptions,
+) -> Tensor:  # fmt: skip
+    """Σ dY_i·W_i + mask∘(U·A) of layers that share their input."""
+    in_fp8 = [(grad, Fp8Rows(W, S)) for grad, W, S in zip(grads, weights, weight_scales, strict=True) if S is not None]
+    grad_x = None
+    if in_fp8:
+        grad_x = fp8_input_gradient(*zip(*in_fp8, strict=True), backend=backend_of(options))
+        if u is not None and A is not None:
+            if seed is None:
+                grad_x.addmm_(u, A)
+            else:
+                grad_x += apply_mask(u @ A, seed, options.dropout, options.triton_kernels)
+    for grad, W, S in zip(grads, weights, weight_scales, strict=True):
+        if S is None:
+            first = grad_x is None
+            grad_x = gemm(
+                *(grad, W),
+                t=u if first else None,
+                b=A if first else None,
+                addend=grad_x,
+                seed=seed,
+                dropout=options.dropout,
+                triton_kernels=options.triton_gemms,
+                triton_masks=options.triton_kernels,
+            )
+    assert grad_x is not None
+    return grad_x
+
+
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, norm_weight: Tensor | None, seed: Tensor | None, options: LoRAOptions, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Rows of every layer's output."""
-        layers = _fours(tensors)
-        ranks = [0 if A is None else A.shape[0] for _, _, A, _ in layers]
+        layers = _by_layer(tensors)
+        ranks = [0 if A is None else A.shape[0] for _, _, A, _, _ in layers]
         rows, rstd = normalised_rows(x, norm_weight, options)
         t = None
         if any(ranks):
-            t = dropped_rows(rows, seed, options) @ joined([A for _, _, A, _ in layers]).T
+            t = dropped_rows(rows, seed, options) @ joined([A for _, _, A, _, _ in layers]).T
+        in_fp8 = any(S is not None for *_, S in layers)
+        coded = quantise_rows([rows], backend=backend_of(options)) if in_fp8 else None
         outputs = []
-        for (W, bias, _, B), columns, scale in zip(layers, _columns_of(ranks), options.scales, strict=True):
+        for (W, bias, _, B, S), columns, scale in zip(layers, _columns_of(ranks), options.scales, strict=True):
             update = (None, None) if t is None or B is None else (t[:, columns], B.T)
-            outputs.append(gemm(rows, W.T, *update, scale, bias=bias, triton_kernels=options.triton_gemms))
+            if coded is None or S is None:
+                y = gemm(rows, W.T, *update, scale, bias=bias, triton_kernels=options.triton_gemms)
+            else:
+                y = fp8_linear(coded, Fp8Rows(W, S), rows.dtype, bias)
+                y = y if t is None or B is None else y.addmm_(t[:, columns], B.T, alpha=scale)
+            outputs.append(y)
 
-        needs = _fours(ctx.needs_input_grad[4:])
+        needs = _by_layer(ctx.needs_input_grad[4:])
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         needs_A, needs_B = any(need[2] for need in needs), any(need[3] for need in needs)
         reads_x = needs_A or any(need[0] for need in needs) or (needs_x and norm_weight is not None)
         ctx.save_for_backward(
             *(x if reads_x else None, rstd if reads_x else None, t if needs_B else None),
             *(norm_weight, seed),
-            *(W if needs_x else None for W, _, _, _ in layers),
-            *(A if needs_x else None for _, _, A, _ in layers),
-            *(B if needs_x or needs_A else None for _, _, _, B in layers),
+            *(W if needs_x else None for W, _, _, _, _ in layers),
+            *(S if needs_x else None for _, _, _, _, S in layers),
+            *(A if needs_x else None for _, _, A, _, _ in layers),
+            *(B if needs_x or needs_A else None for _, _, _, B, _ in layers),
         )
         ctx.ranks, ctx.options, ctx.shape = ranks, options, x.shape
         return tuple(outputs)
@@ -129,13 +179,13 @@ class _LoRALinears(torch.autograd.Function):
         options: LoRAOptions = ctx.options
         x, rstd, t, norm_weight, seed, *matrices = ctx.saved_tensors
         count = len(grads)
-        weights, As, Bs = matrices[:count], matrices[count : 2 * count], matrices[2 * count :]
+        weights, weight_scales, As, Bs = (matrices[first : first + count] for first in range(0, 4 * count, count))
         grads = tuple(rows_of(grad) for grad in grads)
         columns = list(_columns_of(ctx.ranks))
-        needs = _fours(ctx.needs_input_grad[4:])
+        needs = _by_layer(ctx.needs_input_grad[4:])
         needs_x, needs_norm = ctx.needs_input_grad[:2]
         needs_A, needs_W = any(need[2] for need in needs), any(need[0] for need in needs)
-        results: list[list[Tensor | None]] = [[None] * 4 for _ in range(count)]
+        results: list[list[Tensor | None]] = [[None] * 5 for _ in range(count)]
 
         u = None
         if any(ctx.ranks) and (needs_x or needs_norm or needs_A):
@@ -158,15 +208,8 @@ class _LoRALinears(torch.autograd.Function):
 
         grad_x = grad_norm = None
         if needs_x or needs_norm:
-            grad_x = gemm(
-                *(grads[0], weights[0], u, None if u is None else joined(As)),
-                seed=seed,
-                dropout=options.dropout,
-                triton_kernels=options.triton_gemms,
-                triton_masks=options.triton_kernels,
-            )
-            for grad, W in zip(grads[1:], weights[1:], strict=True):
-                grad_x = gemm(grad, W, addend=grad_x, triton_kernels=options.triton_gemms)
+            A = None if u is None else joined(As)
+            grad_x = input_gradient(grads, weights, weight_scales, u, A, seed, options)
             grad_x = grad_x.view(ctx.shape)
             if norm_weight is not None:
                 norm_backward = rms_norm_backward if options.triton_kernels else torch_rms_norm_backward
@@ -195,6 +238,12 @@ def checked_dropout(
     return dropout, seed
 
 
+def same_dtype(layers: Sequence[LoRAWeights]) -> list[Tensor | None]:
+    """What of the layers has the dtype of their input: all but FP8 weights and their scales."""
+    weights = [None if layer.weight_scales is not None else layer.weight for layer in layers]
+    return [*weights, *(tensor for layer in layers for tensor in layer[1:4])]
+
+
 def lora_linears(
     x: Tensor,
     layers: Sequence[LoRAWeights],
@@ -209,7 +258,7 @@ def lora_linears(
 
     Args:
         x: [..., I], fp32, bf16 or fp16.
-        layers: tensors in the dtype of `x`. Whatever is frozen costs no gradient.
+        layers: tensors in the dtype of `x`, but for weights in FP8. Whatever is frozen costs no gradient.
         norm_weight: [I] for layers that read `rms_norm(x, norm_weight, norm_eps)`; None for those that read x.
         norm_eps: see `rms_norm`.
         dropout: probability with which an entry of the adapters' input is zero, the others growing by 1 / (1 − p).
@@ -224,10 +273,10 @@ def lora_linears(
         ValueError: if a layer has A without B or the reverse, if `dropout` is not in [0, 1), or lacks a seed.
     """
     dropout, seed = checked_dropout(layers, dropout, seed)
-    tensors = [tensor for layer in layers for tensor in layer[:4]]
+    tensors = [tensor for layer in layers for tensor in (*layer[:4], layer.weight_scales)]
     kernels = use_triton(backend, x) if norm_weight is None else norm_takes_triton(backend, x, norm_weight)
     scales = tuple(layer.scale for layer in layers)
-    options = LoRAOptions(scales, norm_eps, dropout, kernels, triton_gemms(backend, x, *tensors))
+    options = LoRAOptions(scales, norm_eps, dropout, kernels, triton_gemms(backend, x, *same_dtype(layers)))
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, norm_weight, seed, options, *tensors)  # type: ignore[assignment]
     # Views are made here: one that an autograd Function returns must not be changed in place, as RoPE would.
     return outputs if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -252,8 +301,9 @@ class LoRALinear(nn.Linear):
     """y = x·Wᵀ + scale·(dropout(x)·Aᵀ)·Bᵀ with W as in the layer it replaces, A [r, in] and B [out, r].
 
     scale is alpha/r, or alpha/√r with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the
-    layer starts as the one it replaces. W keeps its name, `weight`. Dropout follows `train()` and `eval()`, and
-    draws its seed from torch's generator of the input's device.
+    layer starts as the one it replaces. W keeps its name, `weight`; in FP8 it goes with `weight_scales`, and
+    `fp8_bias` in place of the bias. Dropout follows `train()` and `eval()`, and draws its seed from torch's generator
+    of the input's device.
     """
 
     def __init__(
@@ -271,6 +321,10 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
+        self.weight_scales: Tensor | None
+        self.register_buffer("weight_scales", None, persistent=False)
+        self.fp8_bias: Tensor | None
+        self.register_buffer("fp8_bias", None, persistent=False)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
@@ -281,7 +335,8 @@ class LoRALinear(nn.Linear):
 
     def adapter_weights(self) -> LoRAWeights:
         """The layer's own tensors, for operations that take several layers at once."""
-        return LoRAWeights(self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        bias = self.bias if self.fp8_bias is None else self.fp8_bias
+        return LoRAWeights(self.weight, bias, self.lora_A, self.lora_B, self.scale, self.weight_scales)
 
     def forward(self, input: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -289,6 +344,12 @@ class LoRALinear(nn.Linear):
         return lora_linear(input, self.adapter_weights(), dropout=dropout, seed=seed)
 
     def merged_weight(self) -> Tensor:
-        """W + scale·B·A, computed in fp32 and rounded once to the dtype of W."""
+        """W + scale·B·A, computed in fp32 and rounded once to the dtype of W.
+
+        Raises:
+            ValueError: if W is in FP8: adapters are merged into what it was made from.
+        """
+        if self.weight_scales is not None:
+            raise ValueError("the weight is in FP8: put back what it was made from before merging the adapter")
         delta = self.lora_B.detach().float() @ self.lora_A.detach().float()
         return (self.weight.detach().float() + self.scale * delta).to(self.weight.dtype)

@@ -18,14 +18,27 @@ themselves (beta = 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
+from .fp8_linear import Fp8Rows, fp8_linear, quantise_rows
 from .launch import rows_of
-from .lora_linear import LoRAOptions, LoRAWeights, checked_dropout, dropped_rows, joined, normalised_rows
-from .low_rank_gemm import gemm, scaled_mm
+from .lora_linear import (
+    LoRAOptions,
+    LoRAWeights,
+    backend_of,
+    checked_dropout,
+    dropped_rows,
+    input_gradient,
+    joined,
+    normalised_rows,
+    same_dtype,
+)
+from .low_rank_gemm import scaled_mm
 from .rms_norm import norm_takes_triton, rms_norm_backward, torch_rms_norm_backward
 from .swiglu_low_rank import Update, low_rank_swiglu, low_rank_swiglu_backward
 
@@ -46,6 +59,22 @@ def _seeds(seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if seed is None else (seed[:1], seed[1:])
 
 
+def _base_products(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    options: LoRAOptions,
+) -> list[Tensor]:
+    """x·Wᵀ of each weight; those in FP8 may have a bias."""
+    in_fp8 = any(S is not None for S in weight_scales)
+    coded = quantise_rows([x], backend=backend_of(options)) if in_fp8 else None
+    return [
+        x @ W.T if coded is None or S is None else fp8_linear(coded, Fp8Rows(W, S), x.dtype, bias)
+        for W, S, bias in zip(weights, weight_scales, biases, strict=True)
+    ]
+
+
 class _LoRAMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,6 +82,8 @@ class _LoRAMLP(torch.autograd.Function):
         W_gate: Tensor, A_gate: Tensor | None, B_gate: Tensor | None,
         W_up: Tensor, A_up: Tensor | None, B_up: Tensor | None,
         W_down: Tensor, A_down: Tensor | None, B_down: Tensor | None,
+        S_gate: Tensor | None, S_up: Tensor | None, S_down: Tensor | None,
+        bias_gate: Tensor | None, bias_up: Tensor | None, bias_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Rows of the output."""
         x, rstd = normalised_rows(h, norm_weight, options)
@@ -60,19 +91,19 @@ class _LoRAMLP(torch.autograd.Function):
         t = t_down = None
         if A_gate is not None or A_up is not None:
             t = dropped_rows(x, seed_x, options) @ joined([A_gate, A_up]).T
-        gate_base, up_base = x @ W_gate.T, x @ W_up.T
+        gate_base, up_base = _base_products(x, (W_gate, W_up), (S_gate, S_up), (bias_gate, bias_up), options)
         del x
         act, dropped = low_rank_swiglu(
             *(gate_base, up_base, *_updates(t, B_gate, B_up, options)),
             *(None if A_down is None else seed_act, options.dropout, options.triton_kernels),
         )
-        y = act @ W_down.T
+        (y,) = _base_products(act, (W_down,), (S_down,), (bias_down,), options)
         if A_down is not None and B_down is not None:
             t_down = dropped @ A_down.T
             y.addmm_(t_down, B_down.T, alpha=options.scales[2])
         ctx.save_for_backward(
             *(h, rstd, gate_base, up_base, t, t_down if ctx.needs_input_grad[12] else None, norm_weight, seed),
-            *(W_gate, A_gate, B_gate, W_up, A_up, B_up, W_down, A_down, B_down),
+            *(W_gate, A_gate, B_gate, W_up, A_up, B_up, W_down, A_down, B_down, S_gate, S_up, S_down),
         )
         ctx.options = options
         return y
@@ -82,7 +113,7 @@ class _LoRAMLP(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         options: LoRAOptions = ctx.options
         h, rstd, gate_base, up_base, t, t_down, norm_weight, seed, *matrices = ctx.saved_tensors
-        W_gate, A_gate, B_gate, W_up, A_up, B_up, W_down, A_down, B_down = matrices
+        W_gate, A_gate, B_gate, W_up, A_up, B_up, W_down, A_down, B_down, S_gate, S_up, S_down = matrices
         needs_h, needs_norm, _, _, *needs = ctx.needs_input_grad
         needs_W_gate, needs_A_gate, needs_B_gate, needs_W_up, needs_A_up, needs_B_up, *needs_down = needs
         seed_x, seed_act = _seeds(seed)
@@ -90,8 +121,9 @@ class _LoRAMLP(torch.autograd.Function):
 
         u_down = None if B_down is None else scaled_mm(grad_y, B_down, options.scales[2])
         dB_down = scaled_mm(grad_y.T, t_down, options.scales[2]) if needs_down[2] else None
+        d_act = input_gradient([grad_y], [W_down], [S_down], None, None, None, options)
         d_gate, d_up, act, (dB_gate, dB_up, dA_down) = low_rank_swiglu_backward(
-            *(grad_y @ W_down, gate_base, up_base, *_updates(t, B_gate, B_up, options), u_down, A_down),
+            *(d_act, gate_base, up_base, *_updates(t, B_gate, B_up, options), u_down, A_down),
             *(None if A_down is None else seed_act, options.dropout),
             wide_grads=(needs_B_gate, needs_B_up, needs_down[1]),
             output=needs_down[0],
@@ -118,14 +150,8 @@ class _LoRAMLP(torch.autograd.Function):
             del x
         grad_h = grad_norm = None
         if needs_h or needs_norm:
-            grad_x = gemm(
-                *(d_gate, W_gate, u, None if u is None else joined([A_gate, A_up])),
-                seed=seed_x,
-                dropout=options.dropout,
-                triton_kernels=options.triton_gemms,
-                triton_masks=options.triton_kernels,
-            )
-            grad_x = gemm(d_up, W_up, addend=grad_x, triton_kernels=options.triton_gemms).view(h.shape)
+            A = None if u is None else joined([A_gate, A_up])
+            grad_x = input_gradient([d_gate, d_up], [W_gate, W_up], [S_gate, S_up], u, A, seed_x, options).view(h.shape)
             grad_h = grad_x
             if norm_weight is not None:
                 norm_backward = rms_norm_backward if options.triton_kernels else torch_rms_norm_backward
@@ -133,6 +159,7 @@ class _LoRAMLP(torch.autograd.Function):
         return (
             *(grad_h if needs_h else None, grad_norm if needs_norm else None, None, None),
             *(dW_gate, dA_gate, dB_gate, dW_up, dA_up, dB_up, dW_down, dA_down, dB_down),
+            *(None for _ in range(6)),
         )
 
 
@@ -152,8 +179,8 @@ def lora_mlp(
 
     Args:
         h: [..., H], fp32, bf16 or fp16.
-        gate: weight [F, H], A [r, H] and B [F, r], in the dtype of `h` like all others. Whatever is frozen costs no
-            gradient; a base weight that is not gets its own.
+        gate: weight [F, H], A [r, H] and B [F, r], in the dtype of `h` like all others, but for weights in FP8.
+            Whatever is frozen costs no gradient; a base weight that is not gets its own.
         up: the same shapes; r may differ.
         down: weight [H, F], A [r, F] and B [H, r].
         norm_weight: [H]; None for an MLP that reads h as it is.
@@ -167,16 +194,19 @@ def lora_mlp(
         [..., H] in the dtype of `h`.
 
     Raises:
-        ValueError: if a layer has a bias, which no Llama has here, or A without B or the reverse; if `dropout` is not
-            in [0, 1), or lacks a seed of two numbers.
+        ValueError: if a layer that is not in FP8 has a bias, which no Llama has here, or A without B or the reverse; if
+            `dropout` is not in [0, 1), or lacks a seed of two numbers.
     """
     layers = (gate, up, down)
-    if any(layer.bias is not None for layer in layers):
+    if any(layer.bias is not None and layer.weight_scales is None for layer in layers):
         raise ValueError("biases are not supported: use lora_linear and swiglu for an MLP that has them")
     dropout, seed = checked_dropout(layers, dropout, seed, seeds=2)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.A, layer.B)]
-    kernels = use_triton(backend, h, *tensors) and (norm_weight is None or norm_takes_triton(backend, h, norm_weight))
+    of_fp8 = [*(layer.weight_scales for layer in layers), *(layer.bias for layer in layers)]
+    kernels = use_triton(backend, h, *same_dtype(layers)) and (
+        norm_weight is None or norm_takes_triton(backend, h, norm_weight)
+    )
     options = LoRAOptions(tuple(layer.scale for layer in layers), norm_eps, dropout, kernels, triton_gemms=False)
-    y: Tensor = _LoRAMLP.apply(h, norm_weight, seed, options, *tensors)  # type: ignore[assignment]
+    y: Tensor = _LoRAMLP.apply(h, norm_weight, seed, options, *tensors, *of_fp8)  # type: ignore[assignment]
     # Viewed out here: what an autograd Function returns as a view must not be changed in place.
     return y if h.dim() == 2 else y.view(h.shape)

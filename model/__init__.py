@@ -13,6 +13,7 @@ from .config import ModelConfig, read_config
 from .depth_upscaling import source_layers, upscale_checkpoint
 from .embedding_init import NewRows, RowFinish, extend_checkpoint, make_rows, new_rows, write_extended
 from .errors import CheckpointError, GenerationError
+from .fp8_base import Fp8Base
 from .generation import generate, generate_batch
 from .init_methods import NewVocabulary, fill_rows
 from .kv_cache import KeyValueCache
@@ -30,6 +31,7 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "CheckpointReader",
+    "Fp8Base",
     "GenerationError",
     "KeyValueCache",
     "Llama",

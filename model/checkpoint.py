@@ -15,6 +15,7 @@ from torch import Tensor
 from .atomic_folder import replacing_folder
 from .config import ModelConfig, read_config
 from .errors import CheckpointError
+from .fp8_base import Fp8Linear
 from .llama import Llama
 from .lora import LoRALinear
 from .phi import build_model
@@ -210,12 +211,14 @@ def save_model(model: Llama, folder: Path, *, extra_files: Iterable[Path] = ()) 
     """Write a model's weights in their present dtype; a tied head is stored once, as the embedding.
 
     Raises:
-        CheckpointError: if the model has LoRA adapters, which the format has no place for.
+        CheckpointError: if the model has LoRA adapters or layers in FP8, which the format has no place for.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise CheckpointError(
             f"{folder} cannot hold LoRA adapters: fold them in with merge_lora before saving, or use save_adapter"
         )
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise CheckpointError(f"{folder} cannot hold layers in FP8: put their weights back with Fp8Base.restore")
     vocab_size = model.config.vocab_size
     tensors = (
         (name, parameter[:vocab_size] if name in VOCABULARY_TENSORS else parameter)

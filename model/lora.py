@@ -89,7 +89,7 @@ def add_lora(
     if adapted := [name for name, layer in chosen.items() if isinstance(layer, LoRALinear)]:
         raise CheckpointError(f"{adapted[0]} has a LoRA adapter already: merge_lora it before adding another")
     for name, layer in chosen.items():
-        _replace(model, name, LoRALinear(layer, r, alpha, generator, dropout=dropout, rslora=rslora))
+        replace_module(model, name, LoRALinear(layer, r, alpha, generator, dropout=dropout, rslora=rslora))
     return [f"{name}.{matrix}" for name in chosen for matrix in ("lora_A", "lora_B")]
 
 
@@ -99,7 +99,7 @@ def merge_lora(model: nn.Module) -> None:
         merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         merged.weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.weight.requires_grad)
         merged.register_parameter("bias", layer.bias)
-        _replace(model, name, merged.train(layer.training))
+        replace_module(model, name, merged.train(layer.training))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -111,6 +111,7 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of the submodule of this whole name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..kernels import LoRALinear, LoRAWeights, RMSNorm, dropout_seed, lora_linear, lora_linears, lora_mlp, swiglu
+from .fp8_base import Fp8Linear
 
 
 def _weights(layer: nn.Linear) -> LoRAWeights:
-    return layer.adapter_weights() if isinstance(layer, LoRALinear) else LoRAWeights(layer.weight, layer.bias)
+    special = isinstance(layer, LoRALinear | Fp8Linear)
+    return layer.adapter_weights() if special else LoRAWeights(layer.weight, layer.bias)
 
 
 def _shared_dropout(layers: Sequence[nn.Linear]) -> float | None:
@@ -27,7 +29,7 @@ def _shared_dropout(layers: Sequence[nn.Linear]) -> float | None:
 def _known(layers: Sequence[nn.Linear]) -> bool:
     """Whether the layers do what their class here does, and nothing that a user put in their place or around them."""
     return all(
-        type(layer) in (nn.Linear, LoRALinear) and not layer._forward_hooks and not layer._forward_pre_hooks
+        type(layer) in (nn.Linear, LoRALinear, Fp8Linear) and not layer._forward_hooks and not layer._forward_pre_hooks
         for layer in layers
     )
 

@@ -157,8 +157,36 @@ def adamw_rows() -> list[str]:
     return rows
 
 
+def fp8_rows() -> list[str]:
+    rows = []
+    for text, result in read(BENCH / "results" / "fp8_base.json")["texts"].items():
+        for stage, found in result["stages"].items():
+            cells = [f"{found[how][-1]:.3f}" for how in ("stored", "fp8")]
+            behind = found["largest_difference_behind_the_first_window"]
+            cells += [f"{value:+.2%}" for value in (found["difference"][0], found["mean_difference"])]
+            cells += [f"{behind:.2%}", *(f"{found['heldout'][how]:.3f}" for how in ("stored", "fp8"))]
+            rows.append(f"| {text}, {stage} | {' | '.join(cells)} |")
+    return rows
+
+
+def fp8_plan_rows() -> list[str]:
+    rows = []
+    for number, stage in enumerate(read(BENCH / "results" / "memory_plan.json")["plans"]["h100-80gb"]):
+        ways = [stage["fastest"], stage["fastest_fp8"]]
+        cells = [f"{way['peak']['weights'] / 1e9:.1f}" for way in ways]
+        cells += [f"{way['bytes'] / 1e9:.1f}" for way in ways]
+        speeds = [way["tokens_per_second"] for way in ways]
+        cells += [*(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}"]
+        rows.append(f"| {number + 1}. {ways[0]['stage']} | {' | '.join(cells)} |")
+    return rows
+
+
 @pytest.mark.parametrize(
-    "rows", [initialisation_rows, cross_entropy_rows, token_ratio_rows, filter_rows, lora_rows, adamw_rows]
+    "rows",
+    [
+        *(initialisation_rows, cross_entropy_rows, token_ratio_rows, filter_rows, lora_rows, adamw_rows),
+        *(fp8_rows, fp8_plan_rows),
+    ],
 )
 def test_the_logs_tables_are_what_the_results_say(rows):
     log = LOG.read_text(encoding="utf-8").splitlines()

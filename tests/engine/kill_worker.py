@@ -32,6 +32,7 @@ AIMS = [(stage, event) for stage in (0, 1) for event in ("step", "write", "step"
 
 def stages(optimizer: str) -> list[Stage]:
     options = {"tokens": LENGTH * BATCH * STEPS, "lr": 1e-2, "optimizer": optimizer, "weight_decay": 0.1}
+    options["frozen"] = "fp8" if optimizer == "adamw_8bit" else "stored"
     return [
         Stage(name="embed", train=("embed", "head"), **options),
         Stage(name="odd", train=("embed", "head", "layers.odd"), inherit=True, **options),

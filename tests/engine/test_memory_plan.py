@@ -39,6 +39,7 @@ def train(stage: Stage, loop: LoopConfig, dtype: torch.dtype) -> None:
             batch.targets.random_(0, CONFIG.vocab_size)
         step.take(number, batches, micro_batches * sequences * LENGTH)
         del batches
+    step.restore_frozen()
 
 
 def stages(*plans: str) -> list[Stage]:
@@ -51,6 +52,8 @@ CASES = [
     *((stage, "recompute-cheap", {}, 4) for stage in stages("full", "lisa", "badam", "eeve", "sequential")),
     *((stage, "none", {"masters": "stochastic"}, 2) for stage in stages("full")),
     *((stage, "full", {"in_backward": True, "grad_clip": 0.0}, 4) for stage in stages("redwhale")[1:3]),
+    *((stage, "recompute-cheap", {"frozen": "fp8"}, 4) for stage in stages("redwhale")),
+    *((stage, "full", {"frozen": "fp8", "optimizer": "adamw_8bit"}, 2) for stage in stages("redwhale")[1:4:2]),
 ]
 
 
@@ -90,6 +93,47 @@ def test_on_a_gpu_state_has_the_bytes_that_its_definition_gives():
     assert (eight["weights"], eight["masters"]) == (near(2 * count), near(2 * count))
     assert near(2.1 * count) == eight["moments"]
     assert adamw["gradients"] == near(4 * count)
+
+
+def test_fp8_takes_a_byte_for_each_frozen_weight_of_the_layers_and_six_for_each_output():
+    with torch.device("meta"):
+        layers = [m for name, m in Llama(CONFIG).named_modules() if name.endswith("_proj")]
+    blocks = lambda nbytes: -(-nbytes // 512) * 512  # noqa: E731
+    # A scale and a bias for each output.
+    matrices = [(m.in_features * m.out_features, m.out_features) for m in layers]  # type: ignore[operator]
+    embed_head, odd, _, lora = stages("redwhale")
+    for stage, share in ((embed_head, 1.0), (odd, 0.5), (lora, 1.0)):
+        stored, fp8 = planned(stage), planned(stage, frozen="fp8")
+        saved = stored.peak["weights"] - fp8.peak["weights"]
+        taken = sum(blocks(size) + blocks(4 * outputs) + blocks(2 * outputs) for size, outputs in matrices)
+        assert saved == share * (sum(blocks(2 * size) for size, _ in matrices) - taken)
+        assert (stored.host_bytes, fp8.host_bytes) == (0, 2 * share * sum(size for size, _ in matrices))
+        assert fp8.model_flops_per_token == stored.model_flops_per_token
+        assert fp8.hardware_flops_per_token == pytest.approx(stored.hardware_flops_per_token, rel=1e-9)
+
+
+def test_the_originals_that_come_back_at_the_end_are_planned_with():
+    """Where a step takes little beside weights and optimizer states, the end of the stage is when most is needed."""
+    config = replace(CONFIG, hidden_size=512, intermediate_size=1024)
+    stage = msgspec.structs.replace(stages("redwhale")[1], frozen="fp8")
+    options = {"sequence_length": 8, "dtype": torch.bfloat16}
+    memory = stage_memory(config, stage, LoopConfig(batch_size=1, micro_batch_size=1), **options)
+    assert memory.peak_bytes >= 2 * parameter_count(config) + memory.peak["masters"] + memory.peak["moments"]
+
+
+def test_frozen_products_run_at_the_rate_of_fp8_where_a_gpu_has_one():
+    config = preset("solar-10.7b", vocab_size=49_152)
+    config = replace(config, num_hidden_layers=2)
+    loop = LoopConfig(batch_size=4, micro_batch_size=2)
+    for stage in (stages("redwhale")[0], stages("redwhale")[3]):
+        speeds = {}
+        for frozen, rate in (("stored", 2.0), ("fp8", 2.0), ("fp8", 4.0)):
+            gpu = msgspec.structs.replace(GPUS["h100-80gb"], fp8_flops=rate * 1e15)
+            changed = msgspec.structs.replace(stage, frozen=frozen)
+            speeds[frozen, rate] = plan_stage(config, changed, loop, gpu, sequence_length=4096).tokens_per_second
+        assert speeds["stored", 2.0] < speeds["fp8", 2.0] < speeds["fp8", 4.0]
+    with pytest.raises(RecipeError, match="needs FP8 tensor cores, and a100-80gb has none"):
+        plan_stage(config, changed, loop, GPUS["a100-80gb"], sequence_length=4096)
 
 
 def test_policies_that_keep_less_take_less_and_compute_more():
@@ -166,7 +210,9 @@ def test_solar_fits_80_gb_in_every_stage_of_the_recipe():
 def test_gpus_are_named_or_described():
     assert find_gpu("h200").bytes == 141 * 10**9
     assert find_gpu("mine=48GB,180,900") == Gpu("mine", 48 * 10**9, 180e12, 900e9)
-    for text in ("h100", "=48GB,180,900", "mine=48GB,180", "mine=0,1,1", "mine=..,1,1"):
+    assert find_gpu("mine=48GB,180,900,360").fp8_flops == 360e12
+    assert GPUS["a100-80gb"].fp8_flops is None
+    for text in ("h100", "=48GB,180,900", "mine=48GB,180", "mine=0,1,1", "mine=..,1,1", "mine=48GB,180,900,0"):
         with pytest.raises(RecipeError, match="is not known; known are h100-80gb, h200"):
             find_gpu(text)
 
@@ -201,3 +247,18 @@ def test_the_command_prints_every_stage_and_writes_json(tmp_path, capsys):
     assert "there is no checkpoint 'nowhere' yet: name its shape with --model" in capsys.readouterr().err
     assert main(["plan", str(path), "--gpu", "h100"]) == 2
     assert "gpu 'h100' is not known" in capsys.readouterr().err
+
+
+def test_the_command_knows_which_gpus_multiply_fp8(tmp_path, capsys):
+    path = tmp_path / "r.toml"
+    stage = '[[train.stages]]\nname = "top"\ntrain = ["head"]\ntokens = 1000\nlr = 1e-3\nfrozen = "fp8"\n'
+    path.write_text(RECIPE.replace('plan = "redwhale"\ntokens = 1_000_000\n', "") + stage)
+    arguments = ["plan", str(path), "--model", "tiny-solar-10.7b", "train.activations=none", "--gpu"]
+    assert main([*arguments, "tiny=2GB,100,500,200"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[4] == "fp8"
+    assert "top keeps 0.0 GB of frozen weights in the host's memory" in out
+    assert main([*arguments, "tiny=2GB,100,500"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[4] == "stored"
+    assert 'top would end with an error: frozen = "fp8" needs FP8 tensor cores, and tiny has none' in out

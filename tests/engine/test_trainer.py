@@ -146,6 +146,54 @@ def test_every_stage_of_every_plan_moves_exactly_what_it_names(tmp_path, data, p
         assert_moved(before, weights(model), planned.train)
 
 
+@pytest.mark.parametrize("train", [STAGES[number] for number in (0, 1, 3, 6, 10)], ids="+".join)
+def test_what_was_frozen_in_fp8_comes_back_to_the_bit(tmp_path, data, train):
+    model = tiny_model(torch.bfloat16)
+    before, kinds = weights(model), [type(module) for module in model.modules()]
+    in_fp8, validated = set(), []
+
+    def look(run, done):
+        found = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float8_e4m3fn}
+        in_fp8.update(found)
+        assert found == in_fp8
+
+    run = trainer(model, stage(train), data, tmp_path, frozen="fp8", on_step=look, validate_every=4)
+    run.on_log = lambda line: validated.append(line.get("validation"))
+    result = run.run()
+    # The adapters' bases are merged with them: what they were before must have gone into that.
+    assert_moved(before, weights(model), train)
+    assert [type(module) for module in model.modules()] == kinds
+    linear = {name for name in before if name.split(".")[-2].endswith("_proj")}
+    assert in_fp8 == {name for name in linear if "lora" in train or rows_that_may_move(name, train) is None}
+    untouched = trainer(tiny_model(torch.bfloat16), stage(train), data, tmp_path / "stored").run()
+    assert result.before == untouched.before
+    during = [line for line in validated if line is not None][1]["counting"]["loss"]
+    assert math.isfinite(during)
+    assert result.loss_after == pytest.approx(untouched.loss_after, rel=0.02)
+
+
+def test_adapters_are_merged_into_the_weights_that_fp8_stood_for(tmp_path, data):
+    model, merged = tiny_model(torch.bfloat16), tiny_model(torch.bfloat16)
+    run = trainer(model, stage(("lora",)), data, tmp_path, frozen="fp8")
+    run.run()
+    load_adapter(merged, tmp_path / "adapter")
+    merge_lora(merged)
+    for (name, a), b in zip(model.named_parameters(), merged.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_interrupted_stage_leaves_no_weight_in_fp8(tmp_path, data):
+    model = tiny_model()
+    before = weights(model)
+
+    def crash(run, done):
+        raise Crash
+
+    with pytest.raises(Crash):
+        trainer(model, stage(("head",)), data, tmp_path, frozen="fp8", on_step=crash).run()
+    assert_moved(before, weights(model), ("head",))
+
+
 class Crash(Exception):
     pass
 
@@ -167,6 +215,7 @@ RESUMED = {
     "early stop": (stage(("all",), lr=1.0), {"validate_every": 1, "patience": 2}),
     "dropout": (stage(("lora",), lora=DROPOUT), {}),
     "dropout, recomputed": (stage(("lora",), lora=DROPOUT), {"activations": "full"}),
+    "fp8": (stage(("lora",), lora=DROPOUT, frozen="fp8"), {}),
 }
 
 

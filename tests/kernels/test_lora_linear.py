@@ -46,7 +46,7 @@ def formula(x, layers, *, norm_weight=None, dropout=0.0, seed=None):
         mask = torch_keep_mask(seed, x[..., 0].numel(), x.shape[-1], dropout).view(x.shape)
         kept = x * mask / (1 - dropout)
     outputs = []
-    for W, bias, A, B, scale in layers:
+    for W, bias, A, B, scale, _ in layers:
         y = x @ W.mT
         y = y if bias is None else y + bias
         outputs.append(y if A is None else y + scale * (kept @ A.mT) @ B.mT)
