@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from safetensors.torch import load_file, save_file
 
-from ...model import read_config, save_model
+from ...model import read_config
 from ...model.atomic_folder import fsync
 from ..batches import PackedSequences, SequenceSource
 from ..device import resolve_precision
@@ -71,7 +71,7 @@ def _stage_unit(context: Context, config: TrainConfig, stages: tuple[Stage, ...]
         context.check_init()
 
     name = context.stage_name(index)
-    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder), check)
+    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder), check, shared=True)
 
 
 def _first_sequence(config: TrainConfig, stages: tuple[Stage, ...], index: int) -> int:
@@ -98,7 +98,7 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
     precision = None if stage.precision is None else resolve_precision(stage.precision, context.device)
     data = _training_data(pack, config, tokenizer.sha256, context.recipe.seed)
     validation = _validation_sets(pack, config, tokenizer.sha256)
-    model = context.load(start, tokenizer, precision)
+    model = context.load_shared(start, tokenizer, precision)
     trainer = Trainer(
         model,
         stage,
@@ -112,13 +112,16 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
         validation=validation,
         inherited=load_file(before / _OPTIMIZER_STATE) if before is not None and stage.inherit else None,
         base_model_name=str(start),
+        world=context.world,
     )
     result = trainer.run()
-    save_model(model, folder / "model", extra_files=context.tokenizer_files())
+    trainer.save_model(folder / "model", extra_files=context.tokenizer_files())
     outputs = model_outputs(folder)
     if _hands_over(stages, index):
-        save_file(trainer.inheritance(), folder / _OPTIMIZER_STATE)
-        fsync(folder / _OPTIMIZER_STATE)
+        state = trainer.inheritance()
+        if context.world.is_first:
+            save_file(state, folder / _OPTIMIZER_STATE)
+            fsync(folder / _OPTIMIZER_STATE)
         outputs.append(_OPTIMIZER_STATE)
     return StepResult(
         summary=msgspec.to_builtins(result),
