@@ -1,0 +1,262 @@
+"""Trains stages in one process and in several that share the model, and leaves what they end with.
+
+Run as a program: `distributed_worker.py FOLDER PLAN`, where PLAN is JSON: a list of [PROCESSES, ACTION, NAMES...], done
+one after the other, with an ACTION of ACTIONS and NAMES of CASES. Every process is a fork of this one, which has
+imported everything and run nothing. What a case leaves is in `FOLDER/NAME/PROCESSES`, or in `FOLDER/NAME/resumed` where
+runs with several numbers of processes go on from each other.
+"""
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from tiny import TINY, tiny_model
+
+from redwhale.engine import (
+    BlockSchedule,
+    LoopConfig,
+    LoRAConfig,
+    PackedSequences,
+    Stage,
+    TokenShards,
+    Trainer,
+    ValidationSet,
+    write_shard,
+)
+from redwhale.engine.errors import Interrupted, RecipeError
+from redwhale.engine.plans import PLANS
+from redwhale.engine.world import World, join
+
+LENGTH, BATCH, STEPS, FIRST_NEW = 16, 8, 20, 80
+
+
+@dataclass
+class Case:
+    """One stage, and how it trains."""
+
+    stage: Stage
+    loop: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def stage(*train: str, **options: Any) -> Stage:
+    defaults = {"lr": 3e-3, "weight_decay": 0.1, "lora": LoRAConfig(r=4, alpha=8.0)}
+    return Stage(name="s", train=train, tokens=STEPS * BATCH * LENGTH, **{**defaults, **options})
+
+
+BLOCKS = BlockSchedule(layers=1, steps=3)
+TRAIN = [
+    *(("embed", "head"), ("norms",), ("embed", "lora")),
+    *(("embed.new", "head.new", "lora"), ("layers[1:3]", "head.new")),
+    *(stage["train"] for plan in PLANS.values() for stage in plan if "blocks" not in stage),
+]
+"""What stages train: every kind of selector, and those of every plan."""
+ONE = {"micro_batch_size": 8}
+EQUAL = {"+".join(train): Case(stage(*train)) for train in TRAIN} | {
+    "lisa": Case(stage("embed", "head", "layers", blocks=BLOCKS)),
+    "badam": Case(stage("layers", blocks=BlockSchedule(layers=1, steps=3, order="cyclic"))),
+    "tied": Case(stage("all"), model={"tie_word_embeddings": True}),
+    "tied new rows": Case(stage("embed.new"), model={"tie_word_embeddings": True}),
+    "many micro-batches": Case(stage("all"), {"micro_batch_size": 1}),
+    "in backward, one micro-batch": Case(stage("all", in_backward=True), ONE),
+    "in backward, no clipping": Case(stage("embed.new", "layers", in_backward=True, grad_clip=0.0)),
+    "recomputed": Case(stage("all"), {"activations": "full", "z_loss": 1e-2}),
+    "best": Case(stage("head", lr=0.5), {"validate_every": 4, "keep_best": True}),
+}
+"""fp32: as good as equal to one process."""
+HYBRID = {
+    f"hybrid {name}": Case(EQUAL[name].stage, {**EQUAL[name].loop, "replicate": 2}, model=EQUAL[name].model)
+    for name in ("all", "embed.new+head.new+lora", "many micro-batches", "in backward, no clipping", "tied")
+}
+"""The same with two groups of processes that hold the whole model each."""
+WIDE = {"hidden_size": 256, "head_dim": 64}
+CLOSE = {
+    "8 bit": Case(stage("embed.new", "layers", optimizer="adamw_8bit"), dtype=torch.bfloat16, model=WIDE),
+    "8 bit, stochastic": Case(
+        stage("all", optimizer="adamw_8bit", masters="stochastic"), dtype=torch.bfloat16, model=WIDE
+    ),
+    "bf16": Case(stage("all", masters="split"), ONE, dtype=torch.bfloat16),
+    "bf16, many micro-batches": Case(stage("embed.new", "layers", "head"), {"micro_batch_size": 1}, torch.bfloat16),
+}
+"""Where sums in another order are rounded to something else, now and then."""
+CASES = EQUAL | HYBRID | CLOSE
+
+
+def write_data(folder: Path) -> None:
+    """Counting in steps of 1 to 3, so that there is something to learn; documents of very different lengths."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    documents = []
+    for length in rng.integers(2, 60, 120):
+        start, stride = int(rng.integers(0, 94)), int(rng.integers(1, 4))
+        documents.append([3 + (start + stride * i) % 94 for i in range(length)])
+    for split, chosen in {"t": documents, "held": documents[:5]}.items():
+        items = ((document, len(document)) for document in chosen)
+        write_shard(folder / f"{split}-0", items, vocab_size=TINY.vocab_size, tokenizer_sha256="x")
+
+
+def model_of(case: Case):
+    return tiny_model(case.dtype, config=replace(TINY, **case.model))
+
+
+def trainer_of(case: Case, folder: Path, data: Path, world: World, **options: Any) -> Trainer:
+    train, held_out = (PackedSequences(TokenShards.open(data, split), LENGTH) for split in ("t", "held"))
+    loop = {"batch_size": BATCH, "micro_batch_size": 4, "log_every": 1, "checkpoint_every": 6, **case.loop}
+    return Trainer(
+        model_of(case),
+        case.stage,
+        train,
+        sequence_length=LENGTH,
+        folder=folder,
+        loop=LoopConfig(**loop),
+        first_new_row=FIRST_NEW,
+        validation={"counting": ValidationSet(held_out, 1000)},
+        world=world,
+        **options,
+    )
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int | None) -> Callable[[Trainer, int], None]:
+    def crash(trainer: Trainer, done: int) -> None:
+        if done == step:
+            raise Crash
+
+    return crash
+
+
+def train(root: Path, world: World, name: str, *, folder: Path | None = None, until: int | None = None) -> None:
+    """Train a case to its end, or until it crashes behind a step."""
+    folder = folder or root / name / str(world.size)
+    trainer = trainer_of(CASES[name], folder, root / "data", world, on_step=crash_at(until))
+    try:
+        result = trainer.run()
+    except Crash:
+        return
+    trainer.save_model(folder / "model")
+    if world.is_first:
+        (folder / "result.json").write_bytes(msgspec.json.encode(result))
+
+
+def resave(root: Path, world: World, name: str, source: str, target: str) -> None:
+    """Read the latest state in one folder, and write it to another."""
+    trainer = trainer_of(CASES[name], root / name / source, root / "data", world)
+    with trainer._new_store() as store:
+        loaded = store.load(None, trainer.train_step.wanted)
+    assert loaded is not None
+    step = loaded[1]["step"]
+    trainer.train_step.load_state_tensors(loaded[0], step)
+    trainer.folder = root / name / target
+    with trainer._new_store() as store:
+        store.save(step, trainer.train_step.state_tensors(), loaded[1])
+
+
+def refuse(root: Path, world: World, name: str) -> None:
+    """What is said of options that only one process can have, in `FOLDER/refused/RANK.json`."""
+    case, said = CASES[name], {}
+    for key, stage_options, loop_options in REFUSED:
+        changed = Case(msgspec.structs.replace(case.stage, **stage_options), {**case.loop, **loop_options})
+        try:
+            trainer_of(changed, root / "refused", root / "data", world)
+        except RecipeError as error:
+            said[key] = str(error)
+    (root / f"refused-{world.rank}.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def interrupt(root: Path, world: World, name: str) -> None:
+    """The last process alone gets SIGTERM behind step 9; what each of them ends with, in `FOLDER/stopped-RANK.json`."""
+
+    def signal_last(trainer: Trainer, done: int) -> None:
+        if done == 9 and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = root / "interrupted"
+    try:
+        trainer_of(CASES[name], folder, root / "data", world, on_step=signal_last).run()
+    except Interrupted as stop:
+        (root / f"stopped-{world.rank}.json").write_text(json.dumps([stop.exit_code, str(stop)]), encoding="utf-8")
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("bitsandbytes", {"optimizer": "bnb_adamw_8bit"}, {}),
+    ("compile", {}, {"compile": True}),
+    ("offload", {}, {"activations": "offload"}),
+    ("auto", {}, {"micro_batch_size": "auto"}),
+    ("batch", {}, {"batch_size": 5}),
+    ("replicate", {}, {"replicate": 3}),
+]
+ACTIONS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "until 7": lambda root, world, name: train(root, world, name, folder=root / name / "resumed", until=7),
+    "until 13": lambda root, world, name: train(root, world, name, folder=root / name / "resumed", until=13),
+    "to the end": lambda root, world, name: train(root, world, name, folder=root / name / "resumed"),
+    "resave a": lambda root, world, name: resave(root, world, name, "resumed", "a"),
+    "resave b": lambda root, world, name: resave(root, world, name, "a", "b"),
+    "resave c": lambda root, world, name: resave(root, world, name, "b", "c"),
+    "refuse": refuse,
+    "interrupt": interrupt,
+}
+
+
+def act(root: Path, action: str, names: list[str]) -> None:
+    """Do something with cases in this process, one of those that its environment tells of."""
+    world = join()
+    world.start(torch.device("cpu"))
+    for name in names:
+        ACTIONS[action](root, world, name)
+        gc.collect()
+    world.close()
+
+
+def fork(processes: int, work) -> list[int]:
+    """Fork processes that find each other as those of torchrun do, and wait; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        if child := os.fork():
+            children.append(child)
+            continue
+        status = 1
+        try:
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="localhost")
+            work()
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()
+    root = Path(sys.argv[1])
+    write_data(root / "data")
+    for processes, action, *names in json.loads(sys.argv[2]):
+        codes = fork(processes, lambda: act(root, action, names))  # noqa: B023 (called within the loop)
+        if any(codes):
+            sys.exit(f"{action} in {processes} processes ended with {codes}")

@@ -1,0 +1,61 @@
+"""`torchrun` on a recipe: the command line in two processes, killed and started again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).resolve().parents[1]
+STAGES = ["1-embed-head", "2-odd", "3-even", "4-lora"]
+DEATHS = [(1, "step", 9), (0, "write", 9), (1, "write", 25), (0, "name", 3)]
+
+
+def torchrun(*arguments: str, restarts: int = 0, deaths: list | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), str(TESTS / "distributed_launch.py"), *arguments]
+    environment = {**os.environ, "DEATHS": json.dumps(deaths or []), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_ends_with_the_losses_and_weights_of_one_process(
+    finished, tiny_root, tmp_path
+):
+    """Killed in a step and within writes, restarted by torchrun, without a step that is lost or done twice."""
+    shutil.copytree(finished.run_dir, tmp_path / "tiny", ignore=lambda _, names: {"train", "sft"} & set(names))
+    done = torchrun(
+        "train", str(tiny_root / "tiny.toml"), f"runs={tmp_path}", restarts=len(DEATHS), deaths=DEATHS
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("Signals.SIGKILL") + done.stderr.count("signal 9") >= len(DEATHS) - 1, done.stderr[-4000:]
+    for stage in STAGES:
+        ours, expected = tmp_path / "tiny" / "train" / stage, finished.run_dir / "train" / stage
+        steps = [step for step, _ in losses(expected)]
+        assert [step for step, _ in losses(ours)] == steps == sorted(set(steps))
+        for (_, loss), (_, other) in zip(losses(ours), losses(expected), strict=True):
+            assert loss == pytest.approx(other, rel=1e-4)
+        found, wanted = (load_file(folder / "model" / "model.safetensors") for folder in (ours, expected))
+        for name, tensor in wanted.items():
+            assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), (stage, name)
+        assert not (ours / "states").exists()
+    assert not list((tmp_path / "tiny").rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_bad_recipe_is_told_once(tiny_root, tmp_path):
+    done = torchrun("train", str(tiny_root / "tiny.toml"), f"runs={tmp_path}", "train.batch_sise=3")
+    assert done.returncode != 0
+    assert done.stderr.count("redwhale:") == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert torch is not None
