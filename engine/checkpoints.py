@@ -140,7 +140,7 @@ class CheckpointStore:
             return None
         path = self._path(step)
         try:
-            return self._read(path, wanted), _read_state(path)
+            return self._read(path, wanted), read_state(path)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             earlier = [other for other in self.steps() if other < step]
             remedy = f"go on from step {earlier[-1]}" if earlier else "start this stage again"
@@ -151,7 +151,7 @@ class CheckpointStore:
             return load_file(path / TENSORS)
         from .sharded_checkpoints import read_parts  # brings in torch.distributed
 
-        return read_parts(path, wanted(_read_state(path)["step"]))
+        return read_parts(path, wanted(read_state(path)["step"]))
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
@@ -228,7 +228,7 @@ class CheckpointStore:
         for step in steps:
             # One that cannot be read must not stop the next checkpoint; reading it says what is wrong with it.
             with contextlib.suppress(OSError, ValueError, KeyError):
-                scores[step] = _read_state(self._path(step))["score"]
+                scores[step] = read_state(self._path(step))["score"]
         return min(scores, key=lambda step: (scores[step], -step), default=None)
 
 
@@ -252,7 +252,7 @@ def state_text(step: int, state: Mapping[str, Any], score: float | None) -> str:
     return json.dumps({**state, **ranked, "step": step}) + "\n"
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if not isinstance(state, dict) or "step" not in state:
         raise ValueError("state.json does not say its step")

@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
             )
         step.set_defaults(command=_run, only=name)
 
+    snapshot = commands.add_parser(
+        "snapshot", parents=[recipe], help="a checkpoint of the stage in training, from its latest saved state"
+    )
+    snapshot.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="to write, for Hugging Face tools")
+    snapshot.set_defaults(command=_snapshot)
+
     add_tokenizer_parsers(commands, common)
 
     plan = commands.add_parser("plan", parents=[recipe], help="memory, time and cost of every stage, before paying")
@@ -241,6 +247,18 @@ def _run(options: argparse.Namespace) -> None:
             print(f'no report: it needs {missing.name}, pip install "redwhale[report]"')
         else:
             print(f"report: {write_report(recipe.run_dir)}")
+
+
+def _snapshot(options: argparse.Namespace) -> None:
+    from .recipe import load_recipe
+    from .steps.context import Context
+    from .steps.train import snapshot
+
+    training = Context.create(load_recipe(options.recipe, options.overrides))
+    # On the CPU, since the GPUs may be training, but in the precision that training resolves there.
+    overrides = [*options.overrides, "device=cpu", f"precision={training.precision}"]
+    recipe = load_recipe(options.recipe, overrides)
+    print(snapshot(Context.create(recipe), options.to), flush=True)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from .checkpoints import TENSORS, CheckpointStore, Wanted, state_text
+from .checkpoints import TENSORS, CheckpointStore, Wanted, read_state, state_text
 from .train_step import TrainStep
 from .world import DistributedWorld
 
@@ -58,12 +59,25 @@ class _Chunk:
 
 
 class _SavePlanner(DefaultSavePlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict[index.fqn]
         return found.tensor if isinstance(found, _Chunk) else super().lookup_object(index)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default's own prepares tensors without content, and drops what it does not know.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         found = self.state_dict[index.fqn]
         return found.tensor if isinstance(found, _Chunk) else super().lookup_tensor(index)
@@ -135,7 +149,9 @@ class ShardedCheckpointStore(CheckpointStore):
         self._world.first(publish)
 
     def load(
-        self, step: int | Literal["best"] | None = None, wanted: Any = None
+        self,
+        step: int | Literal["best"] | None = None,
+        wanted: Callable[[int], Mapping[str, Wanted]] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """See `CheckpointStore`; the first process chooses."""
 
@@ -146,6 +162,10 @@ class ShardedCheckpointStore(CheckpointStore):
 
         chosen = self._world.first(choose)
         return None if chosen is None else super().load(chosen, wanted)
+
+    def _read(self, path: Path, wanted: Callable[[int], Mapping[str, Wanted]] | None) -> dict[str, Tensor]:
+        assert wanted is not None, "a process reads its parts"
+        return read_parts(path, wanted(read_state(path)["step"]))
 
 
 def read_parts(path: Path, wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:

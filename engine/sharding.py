@@ -203,13 +203,16 @@ class ShardedModel(Parts):
 
     @torch.no_grad()
     def fold_lora(self) -> None:
-        """Add every adapter to its weight, computed in fp32 and rounded once, and leave it with nothing to add."""
+        """Add every adapter to its weight, computed in fp32 and rounded once; its output counts no more from then on.
+
+        The adapters' matrices stay as they are, for a state that is saved later.
+        """
         self.rest()
         for layer in adapted_layers(self.model).values():
-            weight, up = self.local(layer.weight), self.local(layer.lora_B)
-            delta = up.float() @ self.whole(layer.lora_A).float()
+            weight = self.local(layer.weight)
+            delta = self.local(layer.lora_B).float() @ self.whole(layer.lora_A).float()
             weight.copy_((weight.float() + layer.scale * delta).to(weight.dtype))
-            up.zero_()
+            layer.scale = 0.0
 
     def save(self, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model, without adapters, as `save_model` does; for all to call, the first one writes."""

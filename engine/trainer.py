@@ -216,11 +216,11 @@ class Trainer:
             self._bar = stack.enter_context(
                 Progress(f"train {self.stage.name}", self._tokens(self.steps), "tok", self._tokens(done), shown=first)
             )
-            profiler = stack.enter_context(profiled(self.folder, loop.profile))
+            profiler = stack.enter_context(profiled(self.folder, loop.profile if first else 0))
             last = done if self._stopped_early else self.steps
             batches = stack.enter_context(contextlib.closing(prefetched(self.loader, range(done, last))))
             for step, micro_batches in batches:
-                asked = self.world.agree(stop.number or 0)
+                asked = self.world.agree(lambda: stop.number or 0)
                 self.train_step.take(step, micro_batches, self.loader.num_targets(step))
                 profiler.step()
                 done = step + 1
@@ -246,7 +246,7 @@ class Trainer:
             if self.stage.uses_lora:
                 self._merge_lora()
             after = self._validate(done) if self.validation else {}
-            if number := self.world.agree(stop.number or 0)():
+            if number := self.world.agree(lambda: stop.number or 0)():
                 # Trained but not yet written: a resumed run has no step left to do.
                 self._save(done, wait=True)
                 raise Interrupted(number, f"stage {self.stage.name!r} is saved at step {done}")
@@ -346,6 +346,22 @@ class Trainer:
         from .sharded_checkpoints import ShardedCheckpointStore  # brings in torch.distributed
 
         return ShardedCheckpointStore(folder, self.world, self.train_step, **kept)
+
+    def load_saved(self) -> int | None:
+        """Take on the weights of the latest saved state in the folder, adapters merged, for `save_model`.
+
+        Returns:
+            Steps after which it was saved; None if there is none.
+        """
+        with self._new_store() as store:
+            loaded = store.load(None, self.train_step.wanted)
+        if loaded is None:
+            return None
+        step = loaded[1]["step"]
+        self.train_step.load_state_tensors(loaded[0], step)
+        if self.stage.uses_lora:
+            self._merge_lora()
+        return step
 
     def save_model(self, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the trained model as `redwhale.model.save_model` does; for all processes to call."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,10 +17,11 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _FAILED = "failed"
-_LONGEST_POLL = 0.5
-"""Seconds between two looks for what the first process has done."""
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-"""Of the slowest step of any process. Waiting for whole steps of a run has no limit."""
+"""What any process may be late in training."""
+_PATIENCE = datetime.timedelta(days=100)
+"""The same for what the first process does alone: a step of a run may take days. A process that ends is noticed at
+once."""
 
 
 class World:
@@ -48,7 +47,7 @@ class World:
         """Let the first process do something while the others wait, however long it takes.
 
         Args:
-            work: returns a JSON value.
+            work: its result must be one that pickle can send.
 
         Returns:
             What it returned, in every process.
@@ -58,9 +57,9 @@ class World:
         """
         return work()
 
-    def agree(self, flag: int) -> Callable[[], int]:
+    def agree(self, number: Callable[[], int]) -> Callable[[], int]:
         """Begin to compare a number of all processes; what is returned gives the largest when it is called."""
-        return lambda: flag
+        return number
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
@@ -85,9 +84,9 @@ class DistributedWorld(World):
 
     def __init__(self, store: Store, rank: int, size: int, local_rank: int) -> None:
         self._store, self.rank, self.size, self.local_rank = store, rank, size, local_rank
-        self._waits = 0
         self.host_group: ProcessGroup | None = None
         """Of all processes, for what is in host memory."""
+        self._patient_group: ProcessGroup | None = None
 
     @classmethod
     def of_environment(cls) -> DistributedWorld:
@@ -131,7 +130,8 @@ class DistributedWorld(World):
                 **options,
             )
         if self.host_group is None:
-            self.host_group = cast("ProcessGroup", dist.new_group(backend="gloo"))
+            self.host_group = cast("ProcessGroup", dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT))
+            self._patient_group = cast("ProcessGroup", dist.new_group(backend="gloo", timeout=_PATIENCE))
         self.device = device
         return device
 
@@ -153,33 +153,23 @@ class DistributedWorld(World):
 
     def first(self, work: Callable[[], _Result]) -> _Result:
         """See `World`."""
-        self._waits += 1
-        key = f"first/{self._waits}"
-        if self.is_first:
-            result = work()
-            self._store.set(key, json.dumps(result))
-            return result
-        return json.loads(self._wait(key))
+        import torch.distributed as dist
 
-    def _wait(self, key: str) -> bytes:
-        # By looking again and again: a wait within the store ends with a timeout, and is deaf to signals meanwhile.
-        pause = 0.001
+        results: list[Any] = [work() if self.is_first else None]
         try:
-            while not self._store.check([key]):
-                if self._store.check([_FAILED]):
-                    raise StoppedElsewhere(int(self._store.get(_FAILED)))
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_POLL)
-            return self._store.get(key)
-        except RuntimeError:
-            raise StoppedElsewhere(1) from None  # the store went with the process that kept it
+            dist.broadcast_object_list(results, src=0, group=self._patient_group)
+        except RuntimeError:  # the connection went with the first process
+            if self.failed:
+                raise StoppedElsewhere(int(self._store.get(_FAILED))) from None
+            raise
+        return results[0]
 
-    def agree(self, flag: int) -> Callable[[], int]:
+    def agree(self, number: Callable[[], int]) -> Callable[[], int]:
         """See `World`; neither waits for a GPU."""
         import torch
         import torch.distributed as dist
 
-        largest = torch.tensor(flag)
+        largest = torch.tensor(number())
         work: Work | None = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
         def result() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_model
 
 from redwhale.engine import (
@@ -36,6 +37,7 @@ from redwhale.engine import (
 from redwhale.engine.errors import Interrupted, RecipeError
 from redwhale.engine.plans import PLANS
 from redwhale.engine.world import World, join
+from redwhale.model import Llama, load_model
 
 LENGTH, BATCH, STEPS, FIRST_NEW = 16, 8, 20, 80
 
@@ -48,6 +50,8 @@ class Case:
     loop: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     model: dict[str, Any] = field(default_factory=dict)
+    before: str | None = None
+    """The case whose model and optimizer state this one goes on with."""
 
 
 def stage(*train: str, **options: Any) -> Stage:
@@ -72,12 +76,13 @@ EQUAL = {"+".join(train): Case(stage(*train)) for train in TRAIN} | {
     "in backward, one micro-batch": Case(stage("all", in_backward=True), ONE),
     "in backward, no clipping": Case(stage("embed.new", "layers", in_backward=True, grad_clip=0.0)),
     "recomputed": Case(stage("all"), {"activations": "full", "z_loss": 1e-2}),
-    "best": Case(stage("head", lr=0.5), {"validate_every": 4, "keep_best": True}),
+    "inherited": Case(stage("embed", "head", "layers.odd", inherit=True), before="embed+head"),
+    "best": Case(stage("head"), {"validate_every": 4, "keep_best": True, "patience": 3}),
 }
 """fp32: as good as equal to one process."""
 HYBRID = {
     f"hybrid {name}": Case(EQUAL[name].stage, {**EQUAL[name].loop, "replicate": 2}, model=EQUAL[name].model)
-    for name in ("all", "embed.new+head.new+lora", "many micro-batches", "in backward, no clipping", "tied")
+    for name in ("all", "embed.new+head.new+lora", "in backward, no clipping")
 }
 """The same with two groups of processes that hold the whole model each."""
 WIDE = {"hidden_size": 256, "head_dim": 64}
@@ -94,27 +99,28 @@ CASES = EQUAL | HYBRID | CLOSE
 
 
 def write_data(folder: Path) -> None:
-    """Counting in steps of 1 to 3, so that there is something to learn; documents of very different lengths."""
+    """Counting in steps of 1 to 3, in documents of very different lengths; what is held out is noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     documents = []
     for length in rng.integers(2, 60, 120):
         start, stride = int(rng.integers(0, 94)), int(rng.integers(1, 4))
         documents.append([3 + (start + stride * i) % 94 for i in range(length)])
-    for split, chosen in {"t": documents, "held": documents[:5]}.items():
+    noise = [rng.integers(3, 97, length).tolist() for length in (50, 3, 30, 20, 45)]
+    for split, chosen in {"t": documents, "held": noise}.items():
         items = ((document, len(document)) for document in chosen)
         write_shard(folder / f"{split}-0", items, vocab_size=TINY.vocab_size, tokenizer_sha256="x")
 
 
-def model_of(case: Case):
-    return tiny_model(case.dtype, config=replace(TINY, **case.model))
+def model_of(case: Case) -> Llama:
+    return tiny_model(case.dtype, config=replace(TINY, num_hidden_layers=2, **case.model))
 
 
 def trainer_of(case: Case, folder: Path, data: Path, world: World, **options: Any) -> Trainer:
     train, held_out = (PackedSequences(TokenShards.open(data, split), LENGTH) for split in ("t", "held"))
     loop = {"batch_size": BATCH, "micro_batch_size": 4, "log_every": 1, "checkpoint_every": 6, **case.loop}
     return Trainer(
-        model_of(case),
+        options.pop("model", None) or model_of(case),
         case.stage,
         train,
         sequence_length=LENGTH,
@@ -142,14 +148,21 @@ def crash_at(step: int | None) -> Callable[[Trainer, int], None]:
 def train(root: Path, world: World, name: str, *, folder: Path | None = None, until: int | None = None) -> None:
     """Train a case to its end, or until it crashes behind a step."""
     folder = folder or root / name / str(world.size)
-    trainer = trainer_of(CASES[name], folder, root / "data", world, on_step=crash_at(until))
+    case, options = CASES[name], {}
+    if case.before is not None:
+        earlier = root / case.before / str(world.size)
+        options = {"model": load_model(earlier / "model"), "inherited": load_file(earlier / "optimizer.safetensors")}
+    trainer = trainer_of(case, folder, root / "data", world, on_step=crash_at(until), **options)
     try:
         result = trainer.run()
     except Crash:
         return
     trainer.save_model(folder / "model")
+    state = trainer.inheritance()
     if world.is_first:
+        save_file(state, folder / "optimizer.safetensors")
         (folder / "result.json").write_bytes(msgspec.json.encode(result))
+    world.first(lambda: None)  # what a later case begins with is there
 
 
 def resave(root: Path, world: World, name: str, source: str, target: str) -> None:

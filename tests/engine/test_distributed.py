@@ -1,5 +1,6 @@
 """Several processes that share a model end with what one process ends with: losses, weights, saved states."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -8,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CASES, CLOSE, EQUAL, HYBRID, REFUSED, STEPS, metrics, model_of, trainer_of
+from distributed_worker import (
+    CASES,
+    CLOSE,
+    EQUAL,
+    HYBRID,
+    REFUSED,
+    STEPS,
+    Crash,
+    crash_at,
+    metrics,
+    model_of,
+    trainer_of,
+)
 from safetensors.torch import load_file
 
 from redwhale.engine.sharded_checkpoints import read_parts
@@ -16,37 +29,45 @@ from redwhale.engine.world import ALONE
 
 TESTS = Path(__file__).resolve().parents[1]
 RESHARDED = ("8 bit", "lisa")
-FOUR = [*HYBRID, "embed+head", "lora", "8 bit"]
+FOUR = [*HYBRID, "lora"]
 ADAPTERS = "lora"
 
 
-def work(folder: Path, *plan: list[object]) -> Path:
+def left_by(factory: pytest.TempPathFactory, name: str, *plan: list[object]) -> Path:
+    """What the worker leaves of a plan; done once, even where pytest itself has several processes."""
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = shared / f"distributed-{name}"
     command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), json.dumps(plan)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with open(shared / f"distributed-{name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+            (folder / "error").write_text(done.stderr if done.returncode else "", encoding="utf-8")
+    error = (folder / "error").read_text(encoding="utf-8")
+    assert not error, error[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """What one process leaves."""
-    return work(tmp_path_factory.mktemp("one"), [1, "train", *EQUAL, *CLOSE])
+    return left_by(tmp_path_factory, "one", [1, "train", *EQUAL, *CLOSE])
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """What two leave."""
-    return work(
-        tmp_path_factory.mktemp("two"), [2, "train", *EQUAL, *CLOSE], [2, "refuse", "all"], [2, "interrupt", "all"]
-    )
+    plan = ([2, "train", *EQUAL, *CLOSE], [2, "refuse", "all"], [2, "interrupt", "all"])
+    return left_by(tmp_path_factory, "two", *plan)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     """What four leave, and others that go on from them."""
-    return work(
-        tmp_path_factory.mktemp("four"),
+    return left_by(
+        tmp_path_factory,
+        "four",
         [4, "train", *FOUR],
         [4, "until 7", *RESHARDED],
         [2, "resave a", *RESHARDED],
@@ -73,7 +94,7 @@ def assert_equal(ours: Path, expected: Path, tolerance: float = 1e-5) -> None:
         assert found[name].dtype == tensor.dtype
         assert (found[name].double() - tensor.double()).norm() <= tolerance * tensor.double().norm(), name
     lines, others = metrics(ours), metrics(expected)
-    assert len(lines) == len(others) > STEPS
+    assert len(lines) == len(others) > STEPS // 2
     for line, other in zip(lines, others, strict=True):
         for key in ("step", "tokens", "lr", "skipped_steps", "position", "stage"):
             assert line.get(key) == other.get(key)
@@ -102,9 +123,19 @@ def test_where_sums_are_rounded_two_processes_stay_close_to_one(one, two, name):
     assert ours[-1]["loss"] < 0.97 * ours[0]["loss"]
 
 
+def test_the_optimizer_state_that_is_handed_over_is_that_of_one_process(one, two):
+    ours, expected = (load_file(folder / "embed+head" / n / "optimizer.safetensors") for folder, n in
+                      ((two, "2"), (one, "1")))  # fmt: skip
+    assert ours.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert ours[key].shape == tensor.shape
+        assert (ours[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
+
+
 def test_the_best_weights_are_those_of_an_earlier_step(one):
     """Else the test above would show nothing for them."""
-    assert json.loads((one / "best" / "1" / "result.json").read_text())["best_step"] < STEPS
+    result = json.loads((one / "best" / "1" / "result.json").read_text())
+    assert result["best_step"] < result["steps"] < STEPS
 
 
 def test_adapters_are_left_for_peft(one, two):
@@ -132,7 +163,7 @@ def test_a_signal_to_one_process_lets_all_save_the_same_step_and_stop(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*HYBRID, "embed+head", "lora"])
+@pytest.mark.parametrize("name", [*HYBRID, "lora"])
 def test_four_processes_and_two_groups_of_two_end_with_the_losses_and_weights_of_one(one, four, name):
     assert_equal(four / name / "4", one / name.removeprefix("hybrid ") / "1")
 
@@ -155,6 +186,19 @@ def test_a_state_saved_by_four_is_read_to_the_bit_by_two_then_by_one_then_by_fou
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     assert (four / name / "b" / "states" / "step-00000006" / "state.safetensors").exists()
     assert not (four / name / "c" / "states" / "step-00000006" / "state.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_model_is_exported_by_one_process_from_a_state_that_two_saved(four, tmp_path):
+    trainer = trainer_of(CASES["lisa"], four / "lisa" / "a", four / "data", ALONE)
+    assert trainer.load_saved() == 6
+    trainer.save_model(tmp_path / "a" / "model")
+    unsaved = trainer_of(CASES["lisa"], tmp_path / "run", four / "data", ALONE, on_step=crash_at(6))
+    with pytest.raises(Crash):
+        unsaved.run()
+    for name, tensor in weights(tmp_path / "a").items():
+        expected = unsaved.model.state_dict()[name]
+        assert (tensor - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -34,11 +33,10 @@ def test_a_run_whose_processes_are_killed_ends_with_the_losses_and_weights_of_on
 ):
     """Killed in a step and within writes, restarted by torchrun, without a step that is lost or done twice."""
     shutil.copytree(finished.run_dir, tmp_path / "tiny", ignore=lambda _, names: {"train", "sft"} & set(names))
-    done = torchrun(
-        "train", str(tiny_root / "tiny.toml"), f"runs={tmp_path}", restarts=len(DEATHS), deaths=DEATHS
-    )  # fmt: skip
+    command = ("train", str(tiny_root / "tiny.toml"), f"runs={tmp_path}")
+    done = torchrun(*command, restarts=len(DEATHS), deaths=DEATHS)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stderr.count("Signals.SIGKILL") + done.stderr.count("signal 9") >= len(DEATHS) - 1, done.stderr[-4000:]
+    assert done.stderr.count("failed (exitcode: -9)") == len(DEATHS), done.stderr[-4000:]
     for stage in STAGES:
         ours, expected = tmp_path / "tiny" / "train" / stage, finished.run_dir / "train" / stage
         steps = [step for step, _ in losses(expected)]
@@ -58,4 +56,3 @@ def test_a_bad_recipe_is_told_once(tiny_root, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("redwhale:") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
-    assert torch is not None
