@@ -193,12 +193,13 @@ class StageOptimizer:
 
         Returns:
             fp32 buffer in the parameter's shape that is zero when a step begins, or None where the parameter's own
-            `.grad` serves: for fp32 parameters, and for any but the embedding and the LM head.
+            `.grad` serves: for fp32 parameters, for any but the embedding and the LM head, and for what several
+            processes share.
         """
         if self.parameters[name].dtype == torch.float32 or not (is_embedding(name) or is_head(name)):
             return None
-        if self._parts.span(name, self.parameters[name]).total != self._weight(name).numel():
-            return None  # the kernels see the whole matrix, of which the gradient is shared out at once
+        if not self._parts.takes_buffer(name):
+            return None
         return self._gradients.buffer(name)
 
     def state_tensors(self) -> dict[str, Tensor]:

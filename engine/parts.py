@@ -28,6 +28,10 @@ class Parts:
         """Where the entries that this process holds of the parameter called `name` lie in it."""
         return Span(0, parameter.numel())
 
+    def takes_buffer(self, name: str) -> bool:
+        """Whether kernels may add this parameter's gradient to a buffer, in place of `.grad`."""
+        return True
+
     def is_summed(self, name: str) -> bool:
         """Whether a complete gradient of this parameter is that of the global batch, not of this process's share."""
         return True

@@ -122,6 +122,10 @@ class ShardedModel(Parts):
             return Span(0, total)
         return Span(self._first_row(parameter.shape[0]) * (total // parameter.shape[0]), total)
 
+    def takes_buffer(self, name: str) -> bool:
+        """See `Parts`: FSDP2 sums up what is in `.grad`."""
+        return name in self._whole
+
     def is_summed(self, name: str) -> bool:
         """See `Parts`."""
         return name not in self._whole

@@ -61,7 +61,7 @@ def stage(*train: str, **options: Any) -> Stage:
 
 BLOCKS = BlockSchedule(layers=1, steps=3)
 TRAIN = [
-    *(("embed", "head"), ("norms",), ("embed", "lora")),
+    *(("embed", "head"), ("norms",)),
     *(("embed.new", "head.new", "lora"), ("layers[1:3]", "head.new")),
     *(stage["train"] for plan in PLANS.values() for stage in plan if "blocks" not in stage),
 ]
@@ -92,6 +92,7 @@ CLOSE = {
         stage("all", optimizer="adamw_8bit", masters="stochastic"), dtype=torch.bfloat16, model=WIDE
     ),
     "bf16": Case(stage("all", masters="split"), ONE, dtype=torch.bfloat16),
+    "bf16, replicated": Case(stage("embed", "head"), {"replicate": 2}, dtype=torch.bfloat16),
     "bf16, many micro-batches": Case(stage("embed.new", "layers", "head"), {"micro_batch_size": 1}, torch.bfloat16),
 }
 """Where sums in another order are rounded to something else, now and then."""
@@ -116,9 +117,9 @@ def model_of(case: Case) -> Llama:
     return tiny_model(case.dtype, config=replace(TINY, num_hidden_layers=2, **case.model))
 
 
-def trainer_of(case: Case, folder: Path, data: Path, world: World, **options: Any) -> Trainer:
+def trainer_of(case: Case, folder: Path, data: Path, world: World, *, every: int = 100, **options: Any) -> Trainer:
     train, held_out = (PackedSequences(TokenShards.open(data, split), LENGTH) for split in ("t", "held"))
-    loop = {"batch_size": BATCH, "micro_batch_size": 4, "log_every": 1, "checkpoint_every": 6, **case.loop}
+    loop = {"batch_size": BATCH, "micro_batch_size": 4, "log_every": 1, "checkpoint_every": every, **case.loop}
     return Trainer(
         options.pop("model", None) or model_of(case),
         case.stage,
@@ -148,10 +149,10 @@ def crash_at(step: int | None) -> Callable[[Trainer, int], None]:
 def train(root: Path, world: World, name: str, *, folder: Path | None = None, until: int | None = None) -> None:
     """Train a case to its end, or until it crashes behind a step."""
     folder = folder or root / name / str(world.size)
-    case, options = CASES[name], {}
+    case, options = CASES[name], {"every": 6} if folder.name == "resumed" else {}
     if case.before is not None:
         earlier = root / case.before / str(world.size)
-        options = {"model": load_model(earlier / "model"), "inherited": load_file(earlier / "optimizer.safetensors")}
+        options |= {"model": load_model(earlier / "model"), "inherited": load_file(earlier / "optimizer.safetensors")}
     trainer = trainer_of(case, folder, root / "data", world, on_step=crash_at(until), **options)
     try:
         result = trainer.run()
