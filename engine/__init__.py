@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .spike_guard import SpikeGuard
     from .stages import BlockSchedule, LoRAConfig, Stage
     from .trainer import StageResult, Trainer
+    from .world import World, join
 
 # Imported when first asked for: the command line's help and the filter's worker processes pass through this
 # package, and should not wait for torch.
@@ -69,8 +70,10 @@ _MODULE_OF = {
     "TokenShards": "shards",
     "Trainer": "trainer",
     "ValidationSet": "evaluation",
+    "World": "world",
     "evaluate_loss": "evaluation",
     "evaluate_text": "evaluation",
+    "join": "world",
     "load_recipe": "recipe",
     "next_token_loss": "losses",
     "pack_texts": "packing",
@@ -107,8 +110,10 @@ __all__ = [
     "TokenShards",
     "Trainer",
     "ValidationSet",
+    "World",
     "evaluate_loss",
     "evaluate_text",
+    "join",
     "load_recipe",
     "next_token_loss",
     "pack_texts",

@@ -8,10 +8,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +20,21 @@ from torch import Tensor
 
 from ..model.atomic_folder import fsync
 from .errors import RunError
+from .parts import Span
 
+TENSORS = "state.safetensors"
 _PREFIX = "step-"
 _STAGING = "writing-"
 _REMOVED = "removed-"
+
+
+class Wanted(NamedTuple):
+    """What a process needs of one tensor of a checkpoint that several processes may have written."""
+
+    like: Tensor
+    """In the shape and dtype of the part that it needs."""
+    span: Span | None
+    """Where that part lies in the whole tensor; None for a tensor that all processes have alike."""
 
 
 class CheckpointStore:
@@ -83,8 +94,7 @@ class CheckpointStore:
         self.wait()
         # A run that resumed from it and was stopped before another step: it must never be missing.
         if not self._path(step).exists():
-            ranked = {} if score is None or not math.isfinite(score) else {"score": float(score)}
-            text = json.dumps({**state, **ranked, "step": step}) + "\n"
+            text = state_text(step, state, score)
             snapshot, copied = _snapshot(tensors)
             self._pending = self._thread.submit(self._write, step, snapshot, copied, text)
             del snapshot  # the thread's alone, so that it is freed once it is written
@@ -101,11 +111,17 @@ class CheckpointStore:
                 self._pending = pending
                 raise
 
-    def load(self, step: int | Literal["best"] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(
+        self,
+        step: int | Literal["best"] | None = None,
+        wanted: Callable[[int], Mapping[str, Wanted]] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read a complete checkpoint into host memory.
 
         Args:
             step: the one to read; "best" for the lowest score, None for the latest.
+            wanted: tells, for the step that is read, what to read of it; None for all, which only a checkpoint that
+                one process wrote can give.
 
         Returns:
             (tensors, state), where the state has its "step" and, if there was one, its "score"; None where there is
@@ -124,11 +140,18 @@ class CheckpointStore:
             return None
         path = self._path(step)
         try:
-            return load_file(path / "state.safetensors"), _read_state(path)
+            return self._read(path, wanted), read_state(path)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             earlier = [other for other in self.steps() if other < step]
             remedy = f"go on from step {earlier[-1]}" if earlier else "start this stage again"
             raise RunError(f"{path} cannot be read ({error}); delete it to {remedy}") from None
+
+    def _read(self, path: Path, wanted: Callable[[int], Mapping[str, Wanted]] | None) -> dict[str, Tensor]:
+        if wanted is None or (path / TENSORS).exists():
+            return load_file(path / TENSORS)
+        from .sharded_checkpoints import read_parts  # brings in torch.distributed
+
+        return read_parts(path, wanted(read_state(path)["step"]))
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
@@ -156,28 +179,39 @@ class CheckpointStore:
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def _write(self, step: int, snapshot: dict[str, Tensor], copied: torch.cuda.Event | None, state: str) -> None:
-        staging = self.folder / f"{_STAGING}{step:08d}"
+        self._make_room()
+        staging = self._staging(step)
+        if copied is not None:
+            copied.synchronize()
+        try:
+            staging.mkdir()
+            save_file(snapshot, staging / TENSORS)
+            snapshot.clear()  # so that its memory is free before the next one is taken
+            self._complete(step, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise _os_error(error, self.folder) from error
+        self._prune(step)
+
+    def _staging(self, step: int) -> Path:
+        return self.folder / f"{_STAGING}{step:08d}"
+
+    def _make_room(self) -> None:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             fsync(self.folder.parent)
         # What a crash left must not keep the disk full.
         for stale in (*self.folder.glob(f"{_STAGING}*"), *self.folder.glob(f"{_REMOVED}*")):
             shutil.rmtree(stale, ignore_errors=True)
-        if copied is not None:
-            copied.synchronize()
-        try:
-            staging.mkdir()
-            save_file(snapshot, staging / "state.safetensors")
-            snapshot.clear()  # so that its memory is free before the next one is taken
-            (staging / "state.json").write_text(state, encoding="utf-8")
-            for path in (*staging.iterdir(), staging):
-                fsync(path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise _os_error(error, self.folder) from error
+
+    def _complete(self, step: int, state: str) -> None:
+        """Give a checkpoint, whose tensors are written, its state and then its name."""
+        staging = self._staging(step)
+        (staging / "state.json").write_text(state, encoding="utf-8")
+        for path in (*staging.iterdir(), staging):
+            fsync(path)
         staging.rename(self._path(step))
         fsync(self.folder)
-        self._prune(step)
 
     def _prune(self, step: int) -> None:
         steps = self.steps()
@@ -194,7 +228,7 @@ class CheckpointStore:
         for step in steps:
             # One that cannot be read must not stop the next checkpoint; reading it says what is wrong with it.
             with contextlib.suppress(OSError, ValueError, KeyError):
-                scores[step] = _read_state(self._path(step))["score"]
+                scores[step] = read_state(self._path(step))["score"]
         return min(scores, key=lambda step: (scores[step], -step), default=None)
 
 
@@ -213,7 +247,12 @@ def _snapshot(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.c
     return copies, copied
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def state_text(step: int, state: Mapping[str, Any], score: float | None) -> str:
+    ranked = {} if score is None or not math.isfinite(score) else {"score": float(score)}
+    return json.dumps({**state, **ranked, "step": step}) + "\n"
+
+
+def read_state(path: Path) -> dict[str, Any]:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if not isinstance(state, dict) or "step" not in state:
         raise ValueError("state.json does not say its step")

@@ -39,17 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     # Everything heavy is imported behind the parser, so that --help and worker processes start at once.
-    from .errors import USER_ERRORS, Interrupted, explain_os_error
+    from .errors import USER_ERRORS, Interrupted, StoppedElsewhere, explain_os_error
 
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
         sys.stdout.flush()
     except Interrupted as stop:
-        print(f"redwhale: {stop}", file=sys.stderr)
+        _say(stop, stop.exit_code)
+        return stop.exit_code
+    except StoppedElsewhere as stop:
         return stop.exit_code
     except KeyboardInterrupt:
-        print("redwhale: interrupted; the same command goes on with the step it was in", file=sys.stderr)
+        _say("interrupted; the same command goes on with the step it was in", 130)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain once more while closing stdout.
@@ -58,10 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (*USER_ERRORS, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        message = explain_os_error(error) if isinstance(error, OSError) else str(error)
-        print(f"redwhale: {message}", file=sys.stderr)
+        _say(explain_os_error(error) if isinstance(error, OSError) else error, 2)
         return 2
+    except RuntimeError:
+        from .world import current
+
+        if not current().failed:
+            raise
+        return 1  # the connection to a process that has said why it ended
     return 0
+
+
+def _say(message: object, code: int) -> None:
+    """Print why the command ends; of several processes that say the same, one does."""
+    from .world import current
+
+    if current().fail(str(message), code):
+        print(f"redwhale: {message}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--profile", type=int, default=0, metavar="N", help="trace N steps of each stage with torch.profiler"
             )
         step.set_defaults(command=_run, only=name)
+
+    snapshot = commands.add_parser(
+        "snapshot", parents=[recipe], help="a checkpoint of the stage in training, from its latest saved state"
+    )
+    snapshot.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="to write, for Hugging Face tools")
+    snapshot.set_defaults(command=_snapshot)
 
     add_tokenizer_parsers(commands, common)
 
@@ -216,13 +237,16 @@ def _run(options: argparse.Namespace) -> None:
         raise CorpusError("filter needs a recipe, or --explain FILE to print the scores of one document")
     from .pipeline import run_recipe, table
     from .recipe import load_recipe
+    from .world import join
 
+    world = join()
     profiled = getattr(options, "profile", 0)
     profile = [f"{options.only}.profile={profiled}"] if profiled else []
     recipe = load_recipe(options.recipe, [*options.overrides, *profile])
     say = lambda line: print(line, flush=True)  # noqa: E731 (a log read while it grows)
-    rows = run_recipe(recipe, only=options.only, force=options.force, say=say)
-    if options.only is None:
+    rows = run_recipe(recipe, only=options.only, force=options.force, say=say, world=world)
+    world.close()
+    if options.only is None and world.is_first:
         print(f"\n{table(rows)}\n")
         try:
             from .report import write_report
@@ -230,6 +254,18 @@ def _run(options: argparse.Namespace) -> None:
             print(f'no report: it needs {missing.name}, pip install "redwhale[report]"')
         else:
             print(f"report: {write_report(recipe.run_dir)}")
+
+
+def _snapshot(options: argparse.Namespace) -> None:
+    from .recipe import load_recipe
+    from .steps.context import Context
+    from .steps.train import snapshot
+
+    training = Context.create(load_recipe(options.recipe, options.overrides))
+    # On the CPU, since the GPUs may be training, but in the precision that training resolves there.
+    overrides = [*options.overrides, "device=cpu", f"precision={training.precision}"]
+    recipe = load_recipe(options.recipe, overrides)
+    print(snapshot(Context.create(recipe), options.to), flush=True)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -56,6 +56,14 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+class StoppedElsewhere(Exception):
+    """Another process of the run has ended it, and says why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("stopped by another process of this run")
+        self.exit_code = code
+
+
 def explain_os_error(error: OSError) -> str:
     """One sentence for an operating system error, with what to do where that is known."""
     name = f" ({error.filename})" if error.filename else ""

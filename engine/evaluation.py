@@ -12,8 +12,9 @@ from torch import nn
 
 from ..model import Llama
 from ..tokenizer import Tokenizer
-from .batches import IGNORE_INDEX, ExampleSequences, SequenceSource, batched
+from .batches import IGNORE_INDEX, Batch, ExampleSequences, SequenceSource
 from .losses import LossFunction, loss_sums, next_token_loss
+from .world import ALONE, World
 
 
 class LossResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +61,6 @@ class TextEncoder(Protocol):
         ...
 
 
-@torch.inference_mode()
 def evaluate_loss(
     model: nn.Module,
     source: SequenceSource,
@@ -68,6 +68,7 @@ def evaluate_loss(
     batch_size: int,
     text_bytes: int | None = None,
     loss: LossFunction = next_token_loss,
+    world: World = ALONE,
 ) -> LossResult:
     """Loss on every sequence of `source`.
 
@@ -77,15 +78,26 @@ def evaluate_loss(
         batch_size: sequences in a forward pass.
         text_bytes: UTF-8 bytes of the text behind the sequences, for bits per byte.
         loss: of the model on a batch.
+        world: processes that share the model, and the sequences.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    tokens = 0
-    for batch in batched(source, range(len(source)), batch_size, device):
-        found = loss_sums(loss(model, batch))
-        sums += torch.stack([found.nats.double(), found.correct.double()])
-        tokens += batch.num_targets
-    nats, correct = sums.tolist()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    # Tensors of inference mode would stay with the model that processes share, and could not be trained with.
+    with torch.inference_mode() if world.size == 1 else torch.no_grad():
+        for first in range(0, len(source), batch_size * world.size):
+            begin = first + batch_size * world.rank
+            # Each forward pass takes all processes: one with nothing left computes something that does not count.
+            counts = begin < len(source)
+            begin = begin if counts else first
+            batch = Batch.collate(
+                [source.sequence(index) for index in range(begin, min(begin + batch_size, len(source)))], device
+            )
+            found = loss_sums(loss(model, batch))
+            if counts:
+                sums[:2] += torch.stack([found.nats.double(), found.correct.double()])
+                sums[2] += batch.num_targets
+        nats, correct, targets = world.sum_(sums).tolist()
+    tokens = int(targets)
     return LossResult(
         loss=nats / max(1, tokens),
         accuracy=None if math.isnan(correct) else correct / max(1, tokens),

@@ -30,6 +30,8 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     are the embedding, the LM head and the adapters."""
     compile: bool = False
     """Compile the decoder layers with torch.compile."""
+    replicate: Positive = 1
+    """Of several processes, how many groups hold the whole model each, shared within the group (HSDP)."""
     z_loss: NotNegative = 0.0
     """Weight of lse² in the loss (PaLM, arXiv 2204.02311), which keeps logits from drifting; 1e-4 is usual."""
     spike_sigma: NotNegative = 6.0
@@ -94,7 +96,7 @@ def loop_of(stage: Stage, loop: LoopConfig) -> LoopConfig:
 
 RESULT_NEUTRAL = frozenset(
     {
-        *("log_every", "checkpoint_every", "keep_last", "trackers", "profile", "verify"),
+        *("log_every", "checkpoint_every", "keep_last", "trackers", "profile", "verify", "replicate"),
         *("workers", "threads", "engine", "memory_gb", "shard_mb"),
         *("output", "exchange"),
     }

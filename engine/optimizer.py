@@ -16,7 +16,8 @@ from ..kernels.bf16_masters import store_nearest_
 from .errors import RunError, TrainingError
 from .gradients import Gradients
 from .optimizer_config import OptimizerConfig, is_embedding, is_head
-from .update_rules import Update, state_bytes, update_rule
+from .parts import WHOLE, Parts, Span, cut
+from .update_rules import BLOCK, Update, state_bytes, update_rule
 
 
 class StageOptimizer:
@@ -32,21 +33,29 @@ class StageOptimizer:
         config: the optimizer and its options.
         lr: peak learning rate of what has none of its own in `config`.
         seed: of the random bits of rounding, from 0 to 2^63 − 1.
+        parts: what this process holds of the parameters, and updates. Gradients and states are those of its part.
 
     Raises:
         TrainingError: for an optimizer that this machine cannot run, and for other parameters than the above.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, lr: float, seed: int = 0
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        *,
+        lr: float,
+        seed: int = 0,
+        parts: Parts = WHOLE,
     ) -> None:
+        self._parts = parts
         self._hooks: dict[str, RemovableHandle] = {}
         self.config, self.lr, self.seed = config, lr, seed
         self.parameters: dict[str, nn.Parameter] = {}
         self._rule = update_rule(config)
         self._states: dict[str, dict[str, Tensor]] = {}
         self._steps: dict[str, int] = {}
-        self._gradients = Gradients()
+        self._gradients = Gradients(parts)
         self._in_step = self._measuring = False
         self._micro_batches, self._lr_factor = 1, 1.0
         self._skip: Tensor | None = None
@@ -68,7 +77,8 @@ class StageOptimizer:
             TrainingError: for parameters that cannot be trained; the optimizer is then as it was.
         """
         for name, parameter in parameters.items():
-            if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
+            contiguous = self._parts.local(parameter.detach()).is_contiguous()
+            if parameter.dtype not in (torch.bfloat16, torch.float32) or not contiguous:
                 raise TrainingError(
                     f"{name} is {parameter.dtype} with strides {parameter.stride()}: what trains must be contiguous "
                     "and bf16 or fp32, so load the model in one of those"
@@ -81,7 +91,7 @@ class StageOptimizer:
             del self._states[name], self._steps[name]
         self.parameters = dict(parameters)
         for name in parameters.keys() - kept.keys():
-            self._states[name] = self._rule.new_state(parameters[name].detach())
+            self._states[name] = self._rule.new_state(self._weight(name))
             self._steps[name] = 0
             self._hooks[name] = parameters[name].register_post_accumulate_grad_hook(_hook(self, name))
         self._gradients.start(self.parameters, 1)
@@ -183,9 +193,12 @@ class StageOptimizer:
 
         Returns:
             fp32 buffer in the parameter's shape that is zero when a step begins, or None where the parameter's own
-            `.grad` serves: for fp32 parameters, and for any but the embedding and the LM head.
+            `.grad` serves: for fp32 parameters, for any but the embedding and the LM head, and for what several
+            processes share.
         """
         if self.parameters[name].dtype == torch.float32 or not (is_embedding(name) or is_head(name)):
+            return None
+        if not self._parts.takes_buffer(name):
             return None
         return self._gradients.buffer(name)
 
@@ -197,12 +210,28 @@ class StageOptimizer:
             number of steps.
         """
         tensors = {}
-        for name, parameter in self.parameters.items():
+        for name in self.parameters:
             if "master" not in self._states[name]:
-                tensors[f"weight.{name}"] = parameter.detach()
+                tensors[f"weight.{name}"] = self._weight(name)
             tensors.update({f"{kind}.{name}": tensor for kind, tensor in self._states[name].items()})
             tensors[f"step.{name}"] = torch.tensor(self._steps[name])
         return tensors
+
+    def state_spans(self) -> dict[str, Span | None]:
+        """Where the entries of each of `state_tensors` lie in that of the whole parameter; None for `step`.
+
+        Those of a part without entries say nothing.
+        """
+        spans: dict[str, Span | None] = {}
+        for key, tensor in self.state_tensors().items():
+            kind, _, name = key.partition(".")
+            if kind == "step":
+                spans[key] = None
+                continue
+            first, total = self._parts.span(name, self.parameters[name])
+            size = 1 if tensor.numel() == self._weight(name).numel() else BLOCK
+            spans[key] = Span(first // size, -(-total // size))
+        return spans
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -221,10 +250,10 @@ class StageOptimizer:
                 )
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
-        for name, parameter in self.parameters.items():
+        for name in self.parameters:
             self._steps[name] = int(tensors[f"step.{name}"])
             if "master" in self._states[name]:
-                store_nearest_(parameter.view(-1), self._states[name]["master"])
+                store_nearest_(self._weight(name).view(-1), self._states[name]["master"])
 
     @torch.no_grad()
     def inherit(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -233,10 +262,15 @@ class StageOptimizer:
         A parameter inherits moments and number of steps if it trained there under the same name, in the same shape and
         with the same optimizer. It inherits its master too if that still rounds to the weight.
 
+        Args:
+            tensors: of whole parameters.
+
         Returns:
             Names of the parameters that inherit.
         """
-        heirs = []
+        own, spans, heirs = self.state_tensors(), self.state_spans(), []
+        fits = {key: tensor for key, tensor in tensors.items() if _is_of_whole(tensor, own.get(key), spans.get(key))}
+        tensors = {key: cut(tensor, own[key], spans[key]) for key, tensor in fits.items()}
         for name in self.parameters:
             state = {f"{kind}.{name}": tensor for kind, tensor in self._states[name].items()}
             fit = all(_fits(tensors.get(key), tensor) for key, tensor in state.items())
@@ -252,7 +286,7 @@ class StageOptimizer:
 
     def _rounds_to_weight(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the weight is what it was when `tensors` were taken; without masters, it does not matter."""
-        weight, rounded = self.parameters[name].view(-1), None
+        weight, rounded = self._weight(name).view(-1), None
         if "master" in self._states[name]:
             rounded = torch.empty_like(weight)
             store_nearest_(rounded, tensors[f"master.{name}"].to(weight.device))
@@ -287,7 +321,8 @@ class StageOptimizer:
             self._gradients.measure_and_drop(name)
         elif self._gradients.take(name) and self.config.in_backward:
             if self.config.grad_clip == 0:
-                self._update([name], self._gradients.measure(name))
+                self._gradients.measure(name)
+                self._update([name], self._gradients.norm(name))
             elif self._norm is not None:
                 self._update([name], self._norm)
 
@@ -305,10 +340,10 @@ class StageOptimizer:
                 skipped = skipped | given.bool()
         updates = []
         for name in names:
-            gradient = self._gradients.of(name)
-            assert gradient is not None
+            gradient, weight = self._gradients.complete(name), self._weight(name)
             self._steps[name] += 1
-            updates.append(Update(self.parameters[name].detach(), gradient, self._states[name], self._settings(name)))
+            if weight.numel():
+                updates.append(Update(weight, gradient, self._states[name], self._settings(name)))
         if updates:
             self._rule.update(updates, factor, skipped)
         for name in names:
@@ -322,7 +357,13 @@ class StageOptimizer:
             *(lr * self._lr_factor, config.beta1, config.beta2, config.eps, weight_decay),
             # By the name alone: what else trains must change no rounding.
             *(self._steps[name], self.seed, zlib.crc32(name.encode())),
+            self._parts.span(name, self.parameters[name]).first,
         )
+
+    @torch.no_grad()
+    def _weight(self, name: str) -> Tensor:
+        """What this process holds of a parameter."""
+        return self._parts.local(self.parameters[name].detach())
 
 
 def _hook(optimizer: StageOptimizer, name: str) -> Callable[[Tensor], None]:
@@ -335,6 +376,12 @@ def _hook(optimizer: StageOptimizer, name: str) -> Callable[[Tensor], None]:
             owner._take_gradient(name)
 
     return take_gradient
+
+
+def _is_of_whole(given: Tensor, own: Tensor | None, span: Span | None) -> bool:
+    if own is None or span is None:
+        return own is not None
+    return given.numel() == span.total or own.numel() == given.numel() == 0
 
 
 def _fits(given: Tensor | None, own: Tensor) -> bool:

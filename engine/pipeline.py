@@ -14,6 +14,7 @@ from .recipe import Recipe
 from .run_folder import STAGES, Stopwatch, digest_of, write_json
 from .steps import base, corpus, evaluate, export, hybrid_tokenizer, init, pack, sft, train
 from .steps.context import Context, Unit
+from .world import ALONE, World
 
 STEPS = {
     "base": base,
@@ -33,7 +34,12 @@ _RESULT_VERSION = 3
 
 
 def run_recipe(
-    recipe: Recipe, *, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
+    recipe: Recipe,
+    *,
+    only: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+    world: World = ALONE,
 ) -> list[dict[str, Any]]:
     """Run every step of a recipe that is out of date, or one step.
 
@@ -42,21 +48,31 @@ def run_recipe(
         only: name of the one step to run, on what the steps before it have left.
         force: redo steps that are up to date.
         say: called with one line for each step.
+        world: the processes of the run, each of which calls this with the same arguments. They train together; the
+            first one does the rest, and says it.
 
     Returns:
-        The manifests of all units that were run or skipped, in order.
+        The manifests of all units that were run or skipped, in order; none in processes other than the first.
 
     Raises:
         One of `USER_ERRORS` for what the user can mend; `Interrupted` once a stopped stage is saved.
     """
-    context = Context.create(recipe)
+    context = Context.create(recipe, world)
     names = list(STEPS) if only is None else [only]
     units = [unit for name in names for unit in STEPS[name].units(context)]
     if not units:
         missing = {None: "sections of steps", "base": "[base.pretrain] section"}.get(only, f"[{only}] section")
         raise RecipeError(f"this recipe has no {missing}, so there is nothing to run")
-    for unit in units:  # hours of work should not end in a file that was never there
-        unit.check()
+
+    def check() -> None:
+        for unit in units:  # hours of work should not end in a file that was never there
+            unit.check()
+
+    world.first(check)
+    if not world.is_first:
+        for unit in units:
+            _join_unit(context, unit)
+        return []
     with context.run.locked():
         if stages := [unit.name for unit in units if unit.step == "train"]:
             # A stage that the recipe no longer has keeps its folder; this says which ones count.
@@ -70,9 +86,11 @@ def _run_unit(context: Context, unit: Unit, force: bool, say: Callable[[str], No
     digest = digest_of({"version": _RESULT_VERSION, "unit": unit.name, "config": unit.config, "inputs": inputs})
     step = context.run.step(unit.name)
     if not force and step.is_current(digest):
+        context.world.first(lambda: False)
         say(f"{unit.name}: up to date")
         return step.require()
     folder = step.begin(digest)
+    context.world.first(lambda: True)
     watch = Stopwatch()
     try:
         result = unit.run(folder)
@@ -82,8 +100,18 @@ def _run_unit(context: Context, unit: Unit, force: bool, say: Callable[[str], No
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
     step.finish(digest, unit.config, inputs, result, watch.seconds)
+    context.world.first(lambda: None)
     say(f"{unit.name}: {result.went_in} -> {result.came_out} ({watch.seconds:.1f} s)")
     return step.require()
+
+
+def _join_unit(context: Context, unit: Unit) -> None:
+    """Do another process' part of what `_run_unit` does in the first."""
+    if not context.world.first(lambda: True):  # it is up to date
+        return
+    if unit.shared:
+        unit.run(context.run.step(unit.name).partial)
+    context.world.first(lambda: None)  # its folder has its name
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -20,15 +20,17 @@ class Progress:
         total: units in all, or None where that is not known.
         unit: name of a unit; "B" is shown in kB, MB, GB.
         done: units that an earlier run already did.
+        shown: whether to show anything.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0, *, shown: bool = True) -> None:
         self.label, self.total, self.unit = label, total, unit
         self._done, self._skipped = done, done
         self._began = self._last_line = time.monotonic()
         self._fields: dict[str, Any] = {}
         self._bar = None
-        if sys.stderr.isatty():
+        self._shown = shown
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False
             )
@@ -41,7 +43,7 @@ class Progress:
             if fields:
                 self._bar.set_postfix(fields, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+        elif self._shown and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 

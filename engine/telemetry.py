@@ -118,6 +118,26 @@ class Telemetry:
         return self._trackers
 
 
+class Silence(Telemetry):
+    """Reports nothing: the telemetry of every process but the first."""
+
+    def __init__(self) -> None:
+        """Nothing is opened."""
+
+    def resume(self, position: int, step: int) -> None:
+        """See `Telemetry`."""
+
+    def position(self) -> int:
+        """See `Telemetry`."""
+        return 0
+
+    def log(self, step: int, fields: Mapping[str, Any]) -> None:
+        """See `Telemetry`."""
+
+    def close(self) -> None:
+        """See `Telemetry`."""
+
+
 class _Tracker(Protocol):
     def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
 

@@ -16,13 +16,16 @@ from ..model import Fp8Base, Llama, add_lora
 from ..model.activations import compile_layers
 from ..model.fp8_base import check_fp8, input_means
 from .batches import Batch
+from .checkpoints import Wanted
 from .flops import StepFlops, attention_pairs, training_flops
 from .loop_config import LoopConfig
 from .losses import LossFunction, loss_sums
 from .optimizer import StageOptimizer
+from .parts import WHOLE, Span
 from .selectors import freeze_all_but, select_parameters
 from .spike_guard import SpikeGuard
 from .stages import Stage
+from .world import ALONE, DistributedWorld, World
 
 _WEIGHT, _GUARD, _OPTIMIZER, _SUMS = "weight.", "guard.", "optimizer.", "sums"
 """Names of tensors in a checkpoint, or what they begin with."""
@@ -52,6 +55,7 @@ class TrainStep:
         loss: of the model on a batch.
         seed: of adapters, dropout, blocks and stochastic rounding.
         first_new_row: see `select_parameters`.
+        world: processes that share the model, each with its part of every global batch.
     """
 
     def __init__(
@@ -64,13 +68,22 @@ class TrainStep:
         loss: LossFunction,
         seed: int = 0,
         first_new_row: int | None = None,
+        world: World = ALONE,
     ) -> None:
         self.model, self.stage, self.steps, self.loss, self.seed = model, stage, steps, loss, seed
-        self.device = next(model.parameters()).device
+        self.world = world
+        self.device = world.device or next(model.parameters()).device
         if stage.uses_lora:
             add_lora(model, **msgspec.structs.asdict(stage.lora), seed=seed)
+        self.sharded = None
+        if isinstance(world, DistributedWorld):
+            from .sharding import ShardedModel  # brings in torch.distributed
+
+            self.sharded = ShardedModel(model, stage, loop, world, first_new_row=first_new_row)
         self.trained = select_parameters(model, stage.train, first_new_row=first_new_row)
         freeze_all_but(model, self.trained)
+        if self.sharded is not None:
+            self.sharded.settle()
         model.train()
         self._loop = loop
         self._fp8_base: Fp8Base | None = None
@@ -81,7 +94,7 @@ class TrainStep:
             model.model.activations = loop.resolved_activations
             if loop.compile and loop.frozen != "fp8":  # else once the layers are in FP8
                 compile_layers(model)
-        self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed)
+        self.optimizer = StageOptimizer({}, stage, lr=stage.lr, seed=seed, parts=self.sharded or WHOLE)
         self.guard = SpikeGuard(loop.spike_sigma, device=self.device)
         self.norm = torch.zeros((), device=self.device)
         """Global gradient norm of the last step before clipping, on the device."""
@@ -97,7 +110,7 @@ class TrainStep:
 
         Args:
             step: decides learning rate, dropout and which blocks train.
-            micro_batches: of the global batch.
+            micro_batches: of this process' part of the global batch; as many in every process.
             num_targets: target tokens of the whole global batch, by which its summed loss is divided: every token
                 weighs the same, however micro-batches divide them.
         """
@@ -157,6 +170,7 @@ class TrainStep:
                 sums = loss_sums(self.loss(self.model, batch))
                 total += torch.stack([sums.nats, sums.lse]).double()
                 if number == len(micro_batches):  # known before the first weight can change
+                    self.world.sum_(total)
                     self._skip.logical_or_(self.guard.check_loss(total[0] / num_targets))
                 (sums.objective / num_targets).backward()
         return total
@@ -164,30 +178,47 @@ class TrainStep:
     def drain(self) -> StepSums:
         """The sums since the last call; waits for the device."""
         nats, lse, targets = self._sums.tolist()
-        sums = StepSums(nats, lse, targets, self._flops)
+        sums = StepSums(nats, lse, targets, int(self.world.sum_(torch.tensor(self._flops))))
         self._sums.zero_()
         self._flops = 0
         return sums
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that training has changed, by name: weights, optimizer state, the guard's windows, the sums."""
-        resting = {name: self.trained[name] for name in self.trained if name not in self.optimizer.parameters}
+        resting = [name for name in self.trained if name not in self.optimizer.parameters]
         return {
-            **{_WEIGHT + name: parameter.detach() for name, parameter in resting.items()},
+            **{_WEIGHT + name: self._weight(name) for name in resting},
             **{_OPTIMIZER + name: tensor for name, tensor in self.optimizer.state_tensors().items()},
             **{_GUARD + name: tensor for name, tensor in self.guard.state_tensors().items()},
             _SUMS: self._sums,
         }
 
+    def state_spans(self) -> dict[str, Span | None]:
+        """Where the entries of each of `state_tensors` lie in the whole tensor; None where there are no parts."""
+        optimizer = {_OPTIMIZER + name: span for name, span in self.optimizer.state_spans().items()}
+        parts = self.sharded or WHOLE
+        resting = {_WEIGHT + name: parts.span(name, parameter) for name, parameter in self.trained.items()}
+        return {name: resting.get(name, optimizer.get(name)) for name in self.state_tensors()}
+
+    def wanted(self, step: int) -> dict[str, Wanted]:
+        """What `load_state_tensors` needs of a checkpoint of `step` steps."""
+        self._activate(max(0, step - 1))  # what trained at that time
+        spans = self.state_spans()
+        return {name: Wanted(tensor, spans[name]) for name, tensor in self.state_tensors().items()}
+
     def load_state_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Go back to what `state_tensors` gave after `step` steps."""
         self._activate(max(0, step - 1))  # what trained at that time
-        for name, parameter in self.trained.items():
+        for name in self.trained:
             if _WEIGHT + name in tensors:
-                parameter.detach().copy_(tensors[_WEIGHT + name])
+                self._weight(name).copy_(tensors[_WEIGHT + name])
         self.optimizer.load_state_tensors(_without(_OPTIMIZER, tensors))
         self.guard.load_state_tensors(_without(_GUARD, tensors))
         self._sums.copy_(tensors[_SUMS])
+
+    def _weight(self, name: str) -> Tensor:
+        """What this process holds of a parameter that trains."""
+        return (self.sharded or WHOLE).local(self.trained[name].detach())
 
     def _activate(self, step: int) -> None:
         """Let the parameters of this step train, and free what those that come to rest leave behind."""
@@ -219,7 +250,8 @@ class TrainStep:
             return
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # Mixed, because the CPU's generator looks at 32 bits of its seed alone.
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
+            numbers = (self.seed, step, self.world.rank)[: 3 if self.world.rank else 2]
+            torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
             yield
 
     def _step_flops(self, micro_batches: list[Batch]) -> int:

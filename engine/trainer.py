@@ -7,7 +7,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..model import merge_lora, save_adapter
+from ..model import Llama, merge_lora, save_adapter, save_model
 from .batches import BatchLoader, SequenceSource
 from .checkpoints import CheckpointStore
 from .errors import Interrupted, RecipeError, TrainingError
@@ -28,8 +28,9 @@ from .profiling import profiled
 from .progress import Progress
 from .stages import Stage
 from .stop_signal import stop_signal
-from .telemetry import Telemetry, Throughput, memory
+from .telemetry import Silence, Telemetry, Throughput, memory
 from .train_step import TrainStep
+from .world import ALONE, DistributedWorld, World
 
 _DEFAULT_LOOP = LoopConfig()
 
@@ -95,6 +96,8 @@ class Trainer:
             z-loss.
         inherited: optimizer state of the stage before, of `optimizer.state_tensors()`, for a stage with `inherit`.
         base_model_name: where the model came from, for whoever takes the adapters to peft.
+        world: processes that train together, each with the same arguments and the same model, which they share from
+            then on: its parameters are no longer whole tensors, adapters stay in it, and `save_model` writes it.
         on_step: called with the trainer and the number of steps done, after each; must not change the model.
         on_log: called with every line of metrics.
 
@@ -124,12 +127,17 @@ class Trainer:
         loss: LossFunction | None = None,
         inherited: Mapping[str, Tensor] | None = None,
         base_model_name: str | None = None,
+        world: World = ALONE,
         on_step: Callable[[Trainer, int], None] | None = None,
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.stage = model, _checked(stage)
+        self.model, self.stage, self.world = model, _checked(stage), world
         self.loop = _checked(loop_of(stage, loop))
         if self.loop.is_auto:
+            if world.size > 1:
+                raise RecipeError(
+                    'micro_batch_size and activations are for one process alone to be found by "auto": give them'
+                )
             from .run_plan import resolve_auto  # brings in a part of torch that takes a second to load
 
             self.loop = resolve_auto(
@@ -150,6 +158,7 @@ class Trainer:
             loss=loss or functools.partial(next_token_loss, z_loss=self.loop.z_loss),
             seed=seed,
             first_new_row=first_new_row,
+            world=world,
         )
         self.device = self.train_step.device
         self.loader = BatchLoader(
@@ -159,6 +168,8 @@ class Trainer:
             seed=seed,
             first_sequence=first_sequence,
             device=self.device,
+            rank=world.rank,
+            world_size=world.size,
         )
         if stage.inherit and inherited is not None:
             self.train_step.optimizer.inherit(inherited)
@@ -188,12 +199,11 @@ class Trainer:
         loop = self.loop
         with contextlib.ExitStack() as stack:
             stack.callback(self.train_step.restore_frozen)
+            first = self.world.is_first
             self._telemetry = stack.enter_context(
-                Telemetry(self.folder, trackers=loop.trackers, run_name=self.stage.name)
+                Telemetry(self.folder, trackers=loop.trackers, run_name=self.stage.name) if first else Silence()
             )
-            self._store = stack.enter_context(
-                CheckpointStore(self.folder / "states", keep_last=loop.keep_last, keep_best=loop.keep_best)
-            )
+            self._store = stack.enter_context(self._new_store())
             stop = stack.enter_context(stop_signal())
             if loop.frozen == "fp8":
                 # Of the weights that the stage begins with, whatever is loaded in their place below.
@@ -202,6 +212,7 @@ class Trainer:
             done = running.step
             self._began = time.monotonic() - running.seconds
             peak = device_peak_flops(self.device, next(self.model.parameters()).dtype)
+            peak = None if peak is None else peak * self.world.size
             total, before = self._tokens(self.steps), self._tokens(done)
             self._throughput = Throughput(total, done_tokens=before, peak_flops=peak)
             if not running.before and self.validation:
@@ -209,12 +220,13 @@ class Trainer:
             # Behind that: before and after are told of the weights that are handed on, in between of those that train.
             self.train_step.quantise_frozen()
             self._bar = stack.enter_context(
-                Progress(f"train {self.stage.name}", self._tokens(self.steps), "tok", self._tokens(done))
+                Progress(f"train {self.stage.name}", self._tokens(self.steps), "tok", self._tokens(done), shown=first)
             )
-            profiler = stack.enter_context(profiled(self.folder, loop.profile))
+            profiler = stack.enter_context(profiled(self.folder, loop.profile if first else 0))
             last = done if self._stopped_early else self.steps
             batches = stack.enter_context(contextlib.closing(prefetched(self.loader, range(done, last))))
             for step, micro_batches in batches:
+                asked = self.world.agree(lambda: stop.number or 0)
                 self.train_step.take(step, micro_batches, self.loader.num_targets(step))
                 profiler.step()
                 done = step + 1
@@ -224,10 +236,11 @@ class Trainer:
                     self._log_training(done)
                 if loop.validate_every and done % loop.validate_every == 0 and done < self.steps:
                     self._compare(done, self._validate(done))
-                if stop.number is not None or (done % loop.checkpoint_every == 0 and done < self.steps):
-                    self._save(done, wait=stop.number is not None)
-                if stop.number is not None:
-                    raise Interrupted(stop.number, f"stage {self.stage.name!r} is saved at step {done}")
+                number = asked()
+                if number or (done % loop.checkpoint_every == 0 and done < self.steps):
+                    self._save(done, wait=bool(number))
+                if number:
+                    raise Interrupted(number, f"stage {self.stage.name!r} is saved at step {done}")
                 if self._stopped_early:
                     break
 
@@ -235,14 +248,15 @@ class Trainer:
                 self._restore_best(done)
             self.train_step.restore_frozen()
             if self.stage.trains_adapters_alone:
-                save_adapter(self.model, self.folder / "adapter", base_model_name=self.base_model_name)
+                self._save_adapter()
             trained_parameters = sum(parameter.numel() for parameter in self.train_step.trained.values())
             if self.stage.uses_lora:
-                merge_lora(self.model)
+                self._merge_lora()
             after = self._validate(done) if self.validation else {}
-            if stop.number is not None:  # trained but not yet written: a resumed run has no step left to do
+            if number := self.world.agree(lambda: stop.number or 0)():
+                # Trained but not yet written: a resumed run has no step left to do.
                 self._save(done, wait=True)
-                raise Interrupted(stop.number, f"stage {self.stage.name!r} is saved at step {done}")
+                raise Interrupted(number, f"stage {self.stage.name!r} is saved at step {done}")
         return StageResult(
             name=self.stage.name,
             steps=done,
@@ -268,9 +282,12 @@ class Trainer:
                 batch_size=self.loop.resolved_micro_batch_size,
                 text_bytes=held_out.text_bytes,
                 loss=self.validation_loss,
+                world=self.world,
             )
             for name, held_out in self.validation.items()
         }
+        if self.train_step.sharded is not None:
+            self.train_step.sharded.rest()
         self.model.train()
         self._throughput.restart()
         self._log(step, {"validation": msgspec.to_builtins(results)})
@@ -297,19 +314,25 @@ class Trainer:
         if best is None or best == step:
             return
         self._compare(step, self._validate(step))
-        if self._running.best_step != step and (loaded := self._store.load(best)) is not None:
+        if self._running.best_step != step and (loaded := self._load(best)) is not None:
             self.train_step.load_state_tensors(loaded[0], best)
 
     # Checkpoints.
 
     def inheritance(self) -> dict[str, Tensor]:
-        """Optimizer state for a next stage with `inherit`: of all but adapters, which end with their stage."""
-        state = self.train_step.optimizer.state_tensors()
+        """Optimizer state for a next stage with `inherit`: of all but adapters, which end with their stage.
+
+        It is that of whole parameters; of several processes only the first gets it, for all to call.
+        """
+        optimizer, sharded = self.train_step.optimizer, self.train_step.sharded
+        state = optimizer.state_tensors()
+        if sharded is not None:
+            state = sharded.state_tensors(state, optimizer.state_spans())
         return {name: tensor for name, tensor in state.items() if not name.endswith((".lora_A", ".lora_B"))}
 
     def _resume(self) -> _Running:
         """Load the latest state, if there is one."""
-        loaded = self._store.load()
+        loaded = self._load()
         if loaded is None:
             self._telemetry.resume(0, 0)
             return _Running()
@@ -318,6 +341,54 @@ class Trainer:
         self.train_step.load_state_tensors(tensors, running.step)
         self._telemetry.resume(running.metrics_bytes, running.step)
         return running
+
+    def _load(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._store.load(step, self.train_step.wanted)
+
+    def _new_store(self) -> CheckpointStore:
+        kept: dict[str, Any] = {"keep_last": self.loop.keep_last, "keep_best": self.loop.keep_best}
+        folder = self.folder / "states"
+        if not isinstance(self.world, DistributedWorld):
+            return CheckpointStore(folder, **kept)
+        from .sharded_checkpoints import ShardedCheckpointStore  # brings in torch.distributed
+
+        return ShardedCheckpointStore(folder, self.world, self.train_step, **kept)
+
+    def load_saved(self) -> int | None:
+        """Take on the weights of the latest saved state in the folder, adapters merged, for `save_model`.
+
+        Returns:
+            Steps after which it was saved; None if there is none.
+        """
+        with self._new_store() as store:
+            loaded = store.load(None, self.train_step.wanted)
+        if loaded is None:
+            return None
+        step = loaded[1]["step"]
+        self.train_step.load_state_tensors(loaded[0], step)
+        if self.stage.uses_lora:
+            self._merge_lora()
+        return step
+
+    def save_model(self, folder: Path, *, extra_files: Iterable[Path] = ()) -> None:
+        """Write the trained model as `redwhale.model.save_model` does; for all processes to call."""
+        if self.train_step.sharded is not None:
+            self.train_step.sharded.save(folder, extra_files=extra_files)
+        else:
+            assert isinstance(self.model, Llama), "other models are for their own code to save"
+            save_model(self.model, folder, extra_files=extra_files)
+
+    def _save_adapter(self) -> None:
+        folder, sharded = self.folder / "adapter", self.train_step.sharded
+        whole = None if sharded is None else sharded.adapters()
+        if self.world.is_first:
+            save_adapter(self.model, folder, base_model_name=self.base_model_name, tensors=whole)
+
+    def _merge_lora(self) -> None:
+        if self.train_step.sharded is not None:
+            self.train_step.sharded.fold_lora()
+        else:
+            merge_lora(self.model)
 
     def _save(self, step: int, *, score: float | None = None, wait: bool = False) -> None:
         running = self._running

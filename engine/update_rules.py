@@ -102,7 +102,7 @@ class Fp32Rule:
             return
         if self.masters == "stochastic":
             s = part.settings
-            store_stochastic_(part.weight, master, seed=s.seed, number=s.number, step=s.step, first=first)
+            store_stochastic_(part.weight, master, seed=s.seed, number=s.number, step=s.step, first=s.first + first)
         elif self.masters == "none":
             part.weight.copy_(master)
         else:
@@ -219,6 +219,13 @@ def update_rule(config: OptimizerConfig) -> UpdateRule:
     from .bitsandbytes_adamw import BitsandbytesAdamW
 
     return BitsandbytesAdamW(masters, bits=8 if "8bit" in config.optimizer else 32, paged="paged" in config.optimizer)
+
+
+def state_alignment(config: OptimizerConfig) -> int:
+    """Entries of a parameter whose number has to divide where a part of it begins."""
+    if config.optimizer == "adamw_8bit":
+        return BLOCK
+    return 4 if config.resolved_masters == "stochastic" else 1  # random numbers are drawn by the four
 
 
 def state_bytes(states: Iterable[Mapping[str, Tensor]]) -> dict[str, int]:

@@ -106,6 +106,8 @@ class AdamWSettings(NamedTuple):
     """Of the dither, from 0 to 2^63 − 1."""
     number: int
     """Of the tensor, below 2^32: tensors with the same seed and number are dithered alike."""
+    first: int = 0
+    """Entry of the whole tensor that the given part of it begins with, a multiple of 256."""
 
     def factors(self) -> tuple[float, ...]:
         """β₁, 1 − β₁, β₂, 1 − β₂, lr·weight_decay, lr / (1 − β₁ᵗ), 1 / sqrt(1 − β₂ᵗ), eps: what the kernels read."""
@@ -183,6 +185,7 @@ def _update_tile(
     weight = weight - change
 
     step, number, seed = tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    drawn = start + tl.load(row + 12)
     if FP32_WEIGHTS:
         _store(weights, weight, inside, WHOLE)
     else:
@@ -193,11 +196,11 @@ def _update_tile(
             high = (bits + 0x8000) >> 16
             _store(lows, (bits - (high << 16)).to(tl.int16), inside, WHOLE)
         else:
-            dither = dither_of(random_words(seed, number, start, 1, K), step)
+            dither = dither_of(random_words(seed, number, drawn, 1, K), step)
             high = (bits + (dither >> 16).to(tl.int32)) >> 16
         _store(weights, high.to(tl.int16), inside, WHOLE)
 
-    words = random_words(seed, number, start, 0, K)
+    words = random_words(seed, number, drawn, 0, K)
     codes, exponents = minifloat_encode(first, dither_of(words << 16, step), EXPONENT_BITS=3, MANTISSA_BITS=4)
     _store(first_codes, codes, inside, WHOLE)
     _store(first_exponents, exponents, blocks_inside, WHOLE)
@@ -217,7 +220,7 @@ def _adamw_8bit(
             return
     program = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + program).to(tl.int64)
-    row = table + owner * 12
+    row = table + owner * 13
     factors += owner * 8
     entries = tl.load(row + 7)
     start = (program - tl.load(row + 8)) * (K * 256)
@@ -310,7 +313,9 @@ def _torch_update(
         # Unchanged masters are rounded to the weights they came from.
         weight = new_weight if skip is None else torch.where(skip, weight, new_weight)
 
-        words = torch_random_words(settings.seed, settings.number, begin, first.numel(), 0, grad.device).view(-1, BLOCK)
+        words = torch_random_words(
+            settings.seed, settings.number, settings.first + begin, first.numel(), 0, grad.device
+        ).view(-1, BLOCK)
         for values, dither, bits, kept, exponents in (
             (first, words << 16, _FIRST, codes.first, codes.first_exponents),
             (root, words, _ROOT, codes.root, codes.root_exponents),
@@ -324,8 +329,8 @@ def _torch_update(
         elif len(codes.low):
             store_nearest_(weights[part], weight, codes.low[part])
         else:
-            counter = {"seed": settings.seed, "number": settings.number, "step": settings.step, "first": begin}
-            store_stochastic_(weights[part], weight, **counter)
+            counter = {"seed": settings.seed, "number": settings.number, "step": settings.step}
+            store_stochastic_(weights[part], weight, first=settings.first + begin, **counter)
 
 
 def _keep_or_put(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
@@ -375,12 +380,14 @@ def adamw_8bit_step_(
             raise ValueError(
                 f"step {setting.step}, seed {setting.seed} or tensor number {setting.number} is out of range"
             )
+        if setting.first % BLOCK:
+            raise ValueError(f"a part begins with entry {setting.first}, which cuts one of its blocks of {BLOCK}")
     if grad_scale is not None and grad_scale.numel() != 1:
         raise ValueError(f"grad_scale has {grad_scale.numel()} entries; it is one number for all gradients")
     grads = [grad.contiguous() for grad in grads]
     if params and use_triton(backend, *params):
         factors = torch.tensor([setting.factors() for setting in settings], dtype=torch.float32)
-        counters = torch.tensor([(setting.step, setting.number, setting.seed) for setting in settings])
+        counters = torch.tensor([(setting.step, setting.number, setting.seed, setting.first) for setting in settings])
         detached = [param.detach() for param in params]
         adamw_8bit_update(detached, grads, *map(list, zip(*codes, strict=True)), factors, counters, grad_scale)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,20 @@ _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Those that leave the base's weights and the forward pass as they are; PiSSA, OLoRA and others do not."""
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base_model_name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base_model_name: str | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model's LoRA adapters, in their present dtype, so that `peft.PeftModel.from_pretrained` reads them.
 
     Args:
         model: with adapters that share rank, alpha, dropout and kind of scaling.
         folder: appears complete or not at all; an existing one is replaced.
         base_model_name: checkpoint folder or hub name of the model that the adapters belong to.
+        tensors: the adapters' matrices by name, where those in the model are not whole.
 
     Raises:
         CheckpointError: if there are no adapters, or they differ in their settings.
@@ -78,13 +86,16 @@ def save_adapter(model: nn.Module, folder: Path, *, base_model_name: str | None 
         "target_modules": _target_modules(model, list(layers)),
         "bias": "none",
     }
-    tensors = {}
+    written = {}
     for name, layer in layers.items():
-        for key, matrix in zip(_keys(name), (layer.lora_A, layer.lora_B), strict=True):
-            tensors[key] = matrix.detach().cpu().contiguous()
+        matrices = (layer.lora_A, layer.lora_B)
+        if tensors is not None:
+            matrices = (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
+        for key, matrix in zip(_keys(name), matrices, strict=True):
+            written[key] = matrix.detach().cpu().contiguous()
     with replacing_folder(folder) as staging:
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(written, staging / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: Path) -> list[str]:

@@ -191,8 +191,8 @@ TINY = ModelConfig(
 )
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
-    model = Llama(TINY)
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, config: ModelConfig = TINY) -> Llama:
+    model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.to(dtype)
 

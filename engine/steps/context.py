@@ -20,6 +20,7 @@ from ..loop_config import RESULT_NEUTRAL, LoopConfig
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import RunFolder, StepResult
+from ..world import ALONE, World
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -40,6 +41,8 @@ class Unit:
     """Does the work in the given folder, going on from what an interrupted run left there."""
     check: Callable[[], object] = lambda: None
     """Raises for input from outside the run that cannot be used; called for all units before any of them works."""
+    shared: bool = False
+    """Whether all processes of a run do this together; else the first one does it, and the others wait."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ class Context:
     run: RunFolder
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
+    """The processes of the run."""
 
     @classmethod
-    def create(cls, recipe: Recipe) -> Context:
+    def create(cls, recipe: Recipe, world: World = ALONE) -> Context:
         """Resolve device and precision; raises RecipeError for a device or a tokenizer that cannot be used."""
         tokenizer = recipe.base.tokenizer
         if recipe.tokenizer is None and tokenizer is not None and Path(tokenizer).name != "tokenizer.model":
@@ -60,8 +65,8 @@ class Context:
                 f"base.tokenizer = {tokenizer!r} must be a file named tokenizer.model where the recipe has no "
                 "[tokenizer] section: it is copied beside every checkpoint"
             )
-        device = resolve_device(recipe.device)
-        return cls(recipe, RunFolder(recipe.run_dir), device, resolve_precision(recipe.precision, device))
+        device = world.start(resolve_device(recipe.device))
+        return cls(recipe, RunFolder(recipe.run_dir), device, resolve_precision(recipe.precision, device), world)
 
     @property
     def precision(self) -> str:
@@ -117,6 +122,12 @@ class Context:
         """A checkpoint on the run's device, in its precision or another; it must have a row for every piece."""
         check_rows(folder, tokenizer)
         return load_model(folder, device=self.device, dtype=dtype or self.dtype)
+
+    def load_shared(self, folder: Path, tokenizer: TextEncoder, dtype: torch.dtype | None = None) -> Llama:
+        """The same, in host memory where several processes are going to share it: it need not fit a device."""
+        check_rows(folder, tokenizer)
+        device = self.device if self.world.size == 1 else "cpu"
+        return load_model(folder, device=device, dtype=dtype or self.dtype)
 
     def corpus_files(self, split: str) -> list[Path]:
         """The filtered corpus, in order; `split` is "train" or "validation"."""

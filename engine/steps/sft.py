@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from ...model import save_model
 from ...tokenizer import Tokenizer, export_hf_tokenizer, load_model_proto
 from ..batches import ExampleSequences
 from ..chat_templates import ChatTemplate, template_source
@@ -51,7 +50,7 @@ def units(context: Context) -> list[Unit]:
             read_conversations(config.heldout)
 
     described = config_of(config, seed=context.recipe.seed, precision=context.precision)
-    return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder), check)]
+    return [Unit("sft", "sft", described, inputs, lambda folder: run_sft(context, folder), check, shared=True)]
 
 
 def run_sft(context: Context, folder: Path) -> StepResult:
@@ -60,9 +59,6 @@ def run_sft(context: Context, folder: Path) -> StepResult:
     assert config is not None
     tokenizer = context.tokenizer()
     template = ChatTemplate(template_source(config.template, tokenizer), tokenizer)
-    tokenizer_files = export_hf_tokenizer(
-        load_model_proto(tokenizer.path), folder / "tokenizer", chat_template=template.source
-    )
     conversations, bad = read_conversations(config.data)
     examples, too_long = encode_conversations(conversations, template, config.sequence_length)
     data = ExampleSequences(examples, config.sequence_length, context.recipe.seed)
@@ -75,12 +71,14 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         )
         bad += heldout_bad
         too_long += heldout_too_long
-    write_bad_rows([*bad, *too_long], folder / BAD_ROWS)
+    if context.world.is_first:
+        write_bad_rows([*bad, *too_long], folder / BAD_ROWS)
     # Even batches, so that the last one reaches as little as possible into another epoch.
     sequences = config.epochs * len(data)
     steps = math.ceil(sequences / config.batch_size)
-    loop = msgspec.structs.replace(config, batch_size=math.ceil(sequences / steps))
-    model = context.load(context.trained_model, tokenizer)
+    size = context.world.size
+    loop = msgspec.structs.replace(config, batch_size=math.ceil(sequences / steps / size) * size)
+    model = context.load_shared(context.trained_model, tokenizer)
     stage = sft_stage(config, tokens=steps * loop.batch_size * config.sequence_length)
     trainer = Trainer(
         model,
@@ -92,9 +90,15 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         seed=context.recipe.seed,
         validation=validation,
         base_model_name=str(context.trained_model),
+        world=context.world,
     )
     result = trainer.run()
-    save_model(model, folder / "model", extra_files=tokenizer_files)
+    tokenizer_files = []
+    if context.world.is_first:
+        tokenizer_files = export_hf_tokenizer(
+            load_model_proto(tokenizer.path), folder / "tokenizer", chat_template=template.source
+        )
+    trainer.save_model(folder / "model", extra_files=tokenizer_files)
     left_out = f", {len(bad) + len(too_long):,} rows left out" if bad or too_long else ""
     return StepResult(
         summary={

@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 from safetensors.torch import load_file, save_file
 
-from ...model import read_config, save_model
+from ...model import read_config
 from ...model.atomic_folder import fsync
 from ..batches import PackedSequences, SequenceSource
 from ..device import resolve_precision
-from ..errors import RecipeError
+from ..errors import RecipeError, RunError
 from ..evaluation import ValidationSet
 from ..loop_config import loop_of
 from ..mixture import MixedSequences
@@ -71,7 +71,7 @@ def _stage_unit(context: Context, config: TrainConfig, stages: tuple[Stage, ...]
         context.check_init()
 
     name = context.stage_name(index)
-    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder), check)
+    return Unit("train", name, described, inputs, lambda folder: run_stage(context, index, folder), check, shared=True)
 
 
 def _first_sequence(config: TrainConfig, stages: tuple[Stage, ...], index: int) -> int:
@@ -85,8 +85,8 @@ def _hands_over(stages: tuple[Stage, ...], index: int) -> bool:
     return index + 1 < len(stages) and stages[index + 1].inherit
 
 
-def run_stage(context: Context, index: int, folder: Path) -> StepResult:
-    """Train one stage from the model before it and write the result to `folder/model`."""
+def _trainer(context: Context, index: int, folder: Path) -> Trainer:
+    """What trains one stage from the model before it, in `folder`."""
     config = context.recipe.train
     assert config is not None
     stages = config.all_stages
@@ -98,8 +98,8 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
     precision = None if stage.precision is None else resolve_precision(stage.precision, context.device)
     data = _training_data(pack, config, tokenizer.sha256, context.recipe.seed)
     validation = _validation_sets(pack, config, tokenizer.sha256)
-    model = context.load(start, tokenizer, precision)
-    trainer = Trainer(
+    model = context.load_shared(start, tokenizer, precision)
+    return Trainer(
         model,
         stage,
         data,
@@ -112,13 +112,25 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
         validation=validation,
         inherited=load_file(before / _OPTIMIZER_STATE) if before is not None and stage.inherit else None,
         base_model_name=str(start),
+        world=context.world,
     )
+
+
+def run_stage(context: Context, index: int, folder: Path) -> StepResult:
+    """Train one stage from the model before it and write the result to `folder/model`."""
+    config = context.recipe.train
+    assert config is not None
+    stages = config.all_stages
+    stage = stages[index]
+    trainer = _trainer(context, index, folder)
     result = trainer.run()
-    save_model(model, folder / "model", extra_files=context.tokenizer_files())
+    trainer.save_model(folder / "model", extra_files=context.tokenizer_files())
     outputs = model_outputs(folder)
     if _hands_over(stages, index):
-        save_file(trainer.inheritance(), folder / _OPTIMIZER_STATE)
-        fsync(folder / _OPTIMIZER_STATE)
+        state = trainer.inheritance()
+        if context.world.is_first:
+            save_file(state, folder / _OPTIMIZER_STATE)
+            fsync(folder / _OPTIMIZER_STATE)
         outputs.append(_OPTIMIZER_STATE)
     return StepResult(
         summary=msgspec.to_builtins(result),
@@ -128,6 +140,35 @@ def run_stage(context: Context, index: int, folder: Path) -> StepResult:
         scratch=("states",),
         before=result.loss_before,
         after=result.loss_after,
+    )
+
+
+def snapshot(context: Context, target: Path) -> str:
+    """Write the model of the stage that is being trained, as it was last saved, for Hugging Face tools.
+
+    Args:
+        context: of the run; any number of processes may be training it meanwhile.
+        target: folder to write.
+
+    Returns:
+        What was written, in one line.
+
+    Raises:
+        RunError: if no stage has a saved state.
+    """
+    stages = context.recipe.train.all_stages if context.recipe.train is not None else ()
+    for index, stage in enumerate(stages):
+        folder = context.run.step(context.stage_name(index)).partial
+        if not (folder / "states").exists():
+            continue
+        trainer = _trainer(context, index, folder)
+        step = trainer.load_saved()
+        if step is not None:
+            trainer.save_model(target, extra_files=context.tokenizer_files())
+            return f"{target}: stage {stage.name!r} after {step} of {trainer.steps} steps"
+    raise RunError(
+        f"no stage in {context.run.path} has a saved state: finished stages have their model in train/*/model, and one "
+        "that trains saves its first state after checkpoint_every steps"
     )
 
 

@@ -416,7 +416,7 @@ def test_the_operator_declares_what_it_changes():
     params = [normal(300, dtype=torch.bfloat16), normal(40)]
     codes = [list(kinds) for kinds in zip(*(MomentCodes.zeros(param) for param in params), strict=True)]
     settings = AdamWSettings(1e-2, 0.9, 0.95, 1e-8, 0.1, step=1, seed=3, number=0)
-    factors, counters = torch.tensor([settings.factors()] * 2), torch.tensor([[1, 0, 3], [1, 1, 3]])
+    factors, counters = torch.tensor([settings.factors()] * 2), torch.tensor([[1, 0, 3, 0], [1, 1, 3, 0]])
     grads = [normal(300, seed=1), normal(40, seed=1)]
     args = (params, grads, *codes, factors, counters, torch.ones((), device=DEVICE))
     torch.library.opcheck(torch.ops.redwhale.adamw_8bit_update.default, args)
