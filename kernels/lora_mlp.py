@@ -121,9 +121,9 @@ class _LoRAMLP(torch.autograd.Function):
 
         u_down = None if B_down is None else scaled_mm(grad_y, B_down, options.scales[2])
         dB_down = scaled_mm(grad_y.T, t_down, options.scales[2]) if needs_down[2] else None
-        d_act = input_gradient([grad_y], [W_down], [S_down], None, None, None, options)
         d_gate, d_up, act, (dB_gate, dB_up, dA_down) = low_rank_swiglu_backward(
-            *(d_act, gate_base, up_base, *_updates(t, B_gate, B_up, options), u_down, A_down),
+            input_gradient([grad_y], [W_down], [S_down], None, None, None, options),
+            *(gate_base, up_base, *_updates(t, B_gate, B_up, options), u_down, A_down),
             *(None if A_down is None else seed_act, options.dropout),
             wide_grads=(needs_B_gate, needs_B_up, needs_down[1]),
             output=needs_down[0],
