@@ -6,7 +6,9 @@ imported everything and run nothing. What a case leaves is in `FOLDER/NAME/PROCE
 runs with several numbers of processes go on from each other.
 """
 
+import contextlib
 import gc
+import io
 import json
 import os
 import signal
@@ -34,6 +36,7 @@ from redwhale.engine import (
     ValidationSet,
     write_shard,
 )
+from redwhale.engine.cli import main
 from redwhale.engine.errors import Interrupted, RecipeError
 from redwhale.engine.plans import PLANS
 from redwhale.engine.world import World, join
@@ -205,6 +208,18 @@ def interrupt(root: Path, world: World, name: str) -> None:
         (root / f"stopped-{world.rank}.json").write_text(json.dumps([stop.exit_code, str(stop)]), encoding="utf-8")
 
 
+def tell(root: Path, world: World, name: str) -> None:
+    """What the command line says of a recipe that is none, in `FOLDER/told-RANK`."""
+    recipe = root / "bad.toml"
+    if world.is_first:
+        recipe.write_text('name = "bad"\n[base]\ncheckpoint = "none"\n[train]\nbatch_sise = 3\n', encoding="utf-8")
+    world.first(lambda: None)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(["train", str(recipe)])
+    (root / f"told-{world.rank}").write_text(f"{code}\n{said.getvalue()}", encoding="utf-8")
+
+
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("bitsandbytes", {"optimizer": "bnb_adamw_8bit"}, {}),
     ("compile", {}, {"compile": True}),
@@ -224,6 +239,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "resave c": lambda root, world, name: resave(root, world, name, "b", "c"),
     "refuse": refuse,
     "interrupt": interrupt,
+    "tell": tell,
 }
 
 

@@ -59,6 +59,11 @@ def run_sft(context: Context, folder: Path) -> StepResult:
     assert config is not None
     tokenizer = context.tokenizer()
     template = ChatTemplate(template_source(config.template, tokenizer), tokenizer)
+    tokenizer_files = []
+    if context.world.is_first:
+        tokenizer_files = export_hf_tokenizer(
+            load_model_proto(tokenizer.path), folder / "tokenizer", chat_template=template.source
+        )
     conversations, bad = read_conversations(config.data)
     examples, too_long = encode_conversations(conversations, template, config.sequence_length)
     data = ExampleSequences(examples, config.sequence_length, context.recipe.seed)
@@ -93,11 +98,6 @@ def run_sft(context: Context, folder: Path) -> StepResult:
         world=context.world,
     )
     result = trainer.run()
-    tokenizer_files = []
-    if context.world.is_first:
-        tokenizer_files = export_hf_tokenizer(
-            load_model_proto(tokenizer.path), folder / "tokenizer", chat_template=template.source
-        )
     trainer.save_model(folder / "model", extra_files=tokenizer_files)
     left_out = f", {len(bad) + len(too_long):,} rows left out" if bad or too_long else ""
     return StepResult(

@@ -58,7 +58,7 @@ def one(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """What two leave."""
-    plan = ([2, "train", *EQUAL, *CLOSE], [2, "refuse", "all"], [2, "interrupt", "all"])
+    plan = ([2, "train", *EQUAL, *CLOSE], [2, "refuse", "all"], [2, "interrupt", "all"], [2, "tell", "all"])
     return left_by(tmp_path_factory, "two", *plan)
 
 
@@ -151,6 +151,14 @@ def test_what_only_one_process_can_do_is_refused_by_every_process_in_one_sentenc
     assert said[0].keys() == {key for key, _, _ in REFUSED}
     assert all("\n" not in sentence for sentence in said[0].values())
     assert "adamw_8bit" in said[0]["bitsandbytes"]
+
+
+def test_a_bad_recipe_is_told_once(two):
+    said = [(two / f"told-{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert [lines[0] for lines in said] == ["2", "2"]
+    sentences = said[0][1:] + said[1][1:]
+    assert len(sentences) == 1
+    assert "batch_sise" in sentences[0]
 
 
 def test_a_signal_to_one_process_lets_all_save_the_same_step_and_stop(two):
