@@ -1,0 +1,109 @@
+"""What each schedule costs at SOLAR's size on one GPU: FLOPs, memory and speed, from the engine's plans."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+from reproduction.conclusions import compared
+from reproduction.schedules import SCHEDULES, large_stages
+
+from redwhale.engine import LoopConfig, Stage
+from redwhale.engine.gpus import find_gpu
+from redwhale.engine.run_plan import StagePlan, fastest_fit, plan_stage
+from redwhale.model import preset
+
+BASE, PIECES, SEQUENCE, GPU = "solar-10.7b", 52_000, 4096, "h100-80gb"
+_FREE = LoopConfig(batch_size=64, micro_batch_size="auto", activations="auto")
+_LADDER: tuple[dict[str, Any], ...] = (
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_8bit", "in_backward": True, "grad_clip": 0.0},
+    {"optimizer": "adamw_8bit", "masters": "stochastic", "in_backward": True, "grad_clip": 0.0},
+)
+"""Optimizer settings, from what changes nothing to what takes least memory."""
+
+
+@functools.cache
+def fitting_plan(stage: Stage) -> tuple[dict[str, Any], StagePlan] | None:
+    """The first setting of the ladder with which a stage fits the GPU, and its fastest plan."""
+    config = preset(BASE, vocab_size=PIECES)
+    first = preset(BASE).vocab_size
+    for setting in _LADDER:
+        changed = msgspec.structs.replace(stage, **setting)
+        plan = fastest_fit(config, changed, _FREE, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
+        if plan is not None:
+            return setting, plan
+    return None
+
+
+@functools.cache
+def least_memory(stage: Stage) -> int:
+    """Bytes with plain AdamW, one sequence at a time and everything recomputed."""
+    loop = LoopConfig(batch_size=64, micro_batch_size=1, activations="full")
+    first = preset(BASE).vocab_size
+    config = preset(BASE, vocab_size=PIECES)
+    return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first).bytes
+
+
+@functools.cache
+def costs() -> dict[str, Any]:
+    """Every stage of every schedule, and each schedule as a whole."""
+    found = {}
+    for schedule in SCHEDULES:
+        rows = []
+        for stage, share in large_stages(schedule):
+            unnamed = msgspec.structs.replace(stage, name="stage")
+            fitting = fitting_plan(unnamed)
+            row: dict[str, Any] = {"stage": stage.name, "share": share, "adamw_bytes": least_memory(unnamed)}
+            if fitting is not None:
+                setting, plan = fitting
+                row |= {
+                    "setting": setting,
+                    "micro_batch_size": plan.micro_batch_size,
+                    "activations": plan.activations,
+                    "bytes": plan.bytes,
+                    "flops_per_token": plan.model_flops_per_token,
+                    "tokens_per_second": plan.tokens_per_second,
+                }
+            rows.append(row)
+        whole: dict[str, Any] = {"adamw_bytes": max(row["adamw_bytes"] for row in rows)}
+        if all("bytes" in row for row in rows):
+            whole |= {
+                "bytes": max(row["bytes"] for row in rows),
+                "flops_per_token": sum(row["share"] * row["flops_per_token"] for row in rows),
+                "tokens_per_second": 1 / sum(row["share"] / row["tokens_per_second"] for row in rows),
+            }
+        found[schedule] = {"stages": rows, **whole}
+    return {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU, "schedules": found}
+
+
+def equal_flops() -> dict[str, float | None]:
+    """Tokens that a schedule sees for one of full fine-tuning, at the same FLOPs."""
+    return _relative("flops_per_token", -1)
+
+
+def equal_hours() -> dict[str, float | None]:
+    """The same at the same hours on the same GPU, every schedule with the settings that let it fit; None if none do."""
+    return _relative("tokens_per_second", 1)
+
+
+def _relative(key: str, power: int) -> dict[str, float | None]:
+    schedules = costs()["schedules"]
+    full = schedules["full"].get(key)
+    return {
+        name: (one[key] / full) ** power if full is not None and key in one else None for name, one in schedules.items()
+    }
+
+
+def cost() -> dict[str, Any]:
+    """The costs with what they say about the schedules, which has no noise."""
+    schedules = costs()["schedules"]
+    comparisons = []
+    for name, one in schedules.items():
+        for key in ("adamw_bytes", "flops_per_token", "tokens_per_second"):
+            if name != "full" and key in one and key in schedules["full"]:
+                pair = (name, [one[key]]), ("full", [schedules["full"][key]])
+                comparisons.append(msgspec.to_builtins(compared(f"cost, {key}: {name} against full", *pair, key)))
+    return {**costs(), "comparisons": comparisons}

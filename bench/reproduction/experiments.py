@@ -1,0 +1,194 @@
+"""The experiments that train: which conditions each compares, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from reproduction.conclusions import Comparison, compared, spread
+from reproduction.cost import equal_flops, equal_hours
+from reproduction.preparation import Prepared
+from reproduction.schedules import ROWS, SCHEDULES
+from reproduction.training import Condition, run_of
+
+from redwhale.engine.flops import training_flops
+from redwhale.engine.selectors import select_parameters
+from redwhale.model import load_model
+
+INITS = ("decomposition", "decomposition/first", "mean", "random", "multivariate", "length-weighted")
+ENGLISH = (0.0, 0.05, 0.1, 0.25)
+FIRST_SCALE = 10.0
+"""Where the search for a learning rate begins: the plans' rates times this."""
+SWEEP_SEED = 100
+"""Not among the seeds that conclusions are drawn from."""
+
+
+def learning_rates(prepared: Prepared) -> dict[str, Any]:
+    """For each schedule, the factor on its plan's rates with the fewest bits per byte on text that is for tuning.
+
+    Three runs each: the first factor, three times as much, and then nine times as much or a third, on the better side.
+    """
+    sizes = prepared.sizes
+
+    def bits(schedule: str, scale: float) -> float:
+        condition = Condition(
+            schedule=schedule, tokens=sizes.sweep_tokens, lr_scale=scale, added=sizes.usual_added, domains=("tuning",)
+        )
+        return run_of(prepared, condition, SWEEP_SEED)["after"]["tuning"]["bits_per_byte"]
+
+    found = {}
+    for schedule in SCHEDULES:
+        tried = {scale: bits(schedule, scale) for scale in (FIRST_SCALE, 3 * FIRST_SCALE)}
+        farther = 9 * FIRST_SCALE if tried[3 * FIRST_SCALE] < tried[FIRST_SCALE] else FIRST_SCALE / 3
+        tried[farther] = bits(schedule, farther)
+        best = min(tried, key=lambda scale: tried[scale])
+        found[schedule] = {"lr_scale": best, "tuning_bits_per_byte": {f"{s:.3g}": tried[s] for s in sorted(tried)}}
+    return {"seed": SWEEP_SEED, "tokens": sizes.sweep_tokens, "schedules": found, "comparisons": []}
+
+
+Scales = Callable[[str], float]
+"""Learning-rate factor by schedule."""
+
+
+def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]:
+    """All schedules at the same tokens, at the FLOPs of full fine-tuning, or at its memory and hours."""
+    factor: Mapping[str, float | None] = {
+        "tokens": dict.fromkeys(SCHEDULES, 1.0),
+        "flops": equal_flops(),
+        "memory": equal_hours(),
+    }[budget]
+    sizes = prepared.sizes
+    step = sizes.batch_size * sizes.sequence_length
+    conditions = {}
+    for name in SCHEDULES:
+        if (times := factor[name]) is not None:
+            tokens = round(times * sizes.tokens / step) * step
+            conditions[name] = Condition(schedule=name, tokens=tokens, lr_scale=scales(name), added=sizes.usual_added)
+    result = measured_conditions(prepared, conditions)
+    pairs = [("redwhale", other) for other in conditions if other != "redwhale"]
+    result["comparisons"] = _comparisons(result, pairs, f"schedules at equal {budget}")
+    result["tokens_by_schedule"] = {name: condition.tokens for name, condition in conditions.items()}
+    return result
+
+
+def replay(prepared: Prepared, scales: Scales) -> dict[str, Any]:
+    """Shares of English text in the training data."""
+    conditions = {f"{share:.0%}": _usual(prepared, scales, english=share) for share in ENGLISH}
+    result = measured_conditions(prepared, conditions)
+    comparisons = []
+    for share in list(conditions)[1:]:
+        for domain in ("korean", "wikipedia", "stories"):
+            comparisons += _comparisons(result, [(share, "0%")], f"replay, {domain}", domain=domain)
+    return {**result, "comparisons": comparisons}
+
+
+def vocabulary(prepared: Prepared, scales: Scales) -> dict[str, Any]:
+    """Numbers of added pieces, each trained with the FLOPs that the usual number takes, head included."""
+    sizes = prepared.sizes
+    step = sizes.batch_size * sizes.sequence_length
+    flops = {added: _full_flops(prepared, added) for added in sizes.added}
+    conditions = {}
+    for added in sizes.added:
+        tokens = round(sizes.tokens * flops[sizes.usual_added] / flops[added] / step) * step
+        conditions[f"{added}"] = _usual(prepared, scales, added=added, tokens=tokens)
+    result = measured_conditions(prepared, conditions)
+    usual = f"{sizes.usual_added}"
+    result["comparisons"] = _comparisons(
+        result, [(name, usual) for name in conditions if name != usual], "vocabulary at equal compute"
+    )
+    result["sizes"] = {
+        str(added): {
+            "added": prepared.pieces(added),
+            "flops_per_token": flops[added],
+            "tokens": conditions[str(added)].tokens,
+            "bytes_per_token": _bytes_per_token(prepared, added),
+        }
+        for added in sizes.added
+    }
+    return result
+
+
+def filtering(prepared: Prepared, scales: Scales) -> dict[str, Any]:
+    """Raw text, its prose alone, and what the filter keeps, at the same tokens."""
+    conditions = {name: _usual(prepared, scales, corpus=name) for name in ("filtered", "raw", "raw-prose")}
+    result = measured_conditions(prepared, conditions)
+    pairs = [("filtered", "raw"), ("filtered", "raw-prose")]
+    result["comparisons"] = _comparisons(result, pairs, "filtering at equal tokens")
+    result["diversity"] = {name: prepared.diversity(name) for name in conditions}
+    return result
+
+
+def initialisation(prepared: Prepared, scales: Scales) -> dict[str, Any]:
+    """Methods for the new rows, before training and along the stage that trains embedding and head."""
+    sizes = prepared.sizes
+    step = sizes.batch_size * sizes.sequence_length
+    steps = sizes.tokens // 2 // step
+    curve = tuple(sorted({max(1, steps * part // 8) for part in (1, 2, 4)}))
+    conditions = {
+        name: _usual(prepared, scales, init=name, schedule=ROWS, tokens=steps * step, curve=curve) for name in INITS
+    }
+    result = measured_conditions(prepared, conditions)
+    comparisons = []
+    for when in ("before", "after"):
+        pairs = [("decomposition", other) for other in INITS[1:]]
+        comparisons += _comparisons(result, pairs, f"initialisation {when} training", when=when)
+    return {**result, "comparisons": comparisons}
+
+
+def measured_conditions(prepared: Prepared, conditions: Mapping[str, Condition]) -> dict[str, Any]:
+    """Runs of all conditions from every seed, and their means."""
+    described = {}
+    for name, condition in conditions.items():
+        runs = [run_of(prepared, condition, seed) for seed in prepared.sizes.seeds]
+        summary = {}
+        for when in ("before", "after"):
+            for domain in runs[0][when]:
+                for metric in ("bits_per_byte", "loss", "accuracy"):
+                    values = [run[when][domain][metric] for run in runs]
+                    summary[f"{when} {domain} {metric}"] = msgspec.to_builtins(spread(values))
+        shown = [{key: run[key] for key in ("seed", "curve", "stages")} for run in runs]
+        described[name] = {"condition": msgspec.to_builtins(condition), **summary, "runs": shown}
+    return {"seeds": prepared.sizes.seeds, "conditions": described}
+
+
+def _usual(prepared: Prepared, scales: Scales, *, schedule: str = "redwhale", **other: Any) -> Condition:
+    sizes = prepared.sizes
+    return Condition(
+        schedule=schedule,
+        lr_scale=scales(schedule),
+        **{"tokens": sizes.tokens, "added": sizes.usual_added, **other},
+    )
+
+
+def _comparisons(
+    result: Mapping[str, Any],
+    pairs: list[tuple[str, str]],
+    name: str,
+    *,
+    when: str = "after",
+    domain: str = "korean",
+    metric: str = "bits_per_byte",
+) -> list[dict[str, Any]]:
+    key = f"{when} {domain} {metric}"
+
+    def values(condition: str) -> tuple[str, list[float]]:
+        return condition, result["conditions"][condition][key]["values"]
+
+    found: list[Comparison] = [
+        compared(f"{name}: {first} against {second}", values(first), values(second), key) for first, second in pairs
+    ]
+    return [msgspec.to_builtins(one) for one in found]
+
+
+def _full_flops(prepared: Prepared, added: int) -> float:
+    """FLOPs of a token when everything trains, attention over half a sequence included."""
+    model = load_model(prepared.initial(added, "decomposition", 0))
+    flops = training_flops(model.config, select_parameters(model, ("all",)))
+    return flops.per_token + flops.per_pair * (prepared.sizes.sequence_length + 1) / 2
+
+
+def _bytes_per_token(prepared: Prepared, added: int) -> float:
+    texts = prepared.heldout()["korean"]
+    tokens = sum(map(len, prepared.tokenizer(added).encode_batch(texts)))
+    return sum(len(text.encode()) for text in texts) / tokens
