@@ -11,40 +11,48 @@ from reproduction.schedules import SCHEDULES, large_stages
 
 from redwhale.engine import LoopConfig, Stage
 from redwhale.engine.gpus import find_gpu
-from redwhale.engine.run_plan import StagePlan, fastest_fit, plan_stage
+from redwhale.engine.run_plan import StagePlan, plan_stage
 from redwhale.model import preset
+from redwhale.model.activations import Activations
 
 BASE, PIECES, SEQUENCE, GPU = "solar-10.7b", 52_000, 4096, "h100-80gb"
-_FREE = LoopConfig(batch_size=64, micro_batch_size="auto", activations="auto")
+MICRO_BATCH = 2
 _LADDER: tuple[dict[str, Any], ...] = (
     {"optimizer": "adamw"},
     {"optimizer": "adamw_8bit"},
-    {"optimizer": "adamw_8bit", "in_backward": True, "grad_clip": 0.0},
-    {"optimizer": "adamw_8bit", "masters": "stochastic", "in_backward": True, "grad_clip": 0.0},
-)
-"""Optimizer settings, from what changes nothing to what takes least memory."""
+    {"optimizer": "adamw_8bit", "masters": "stochastic"},
+    {
+        "optimizer": "adamw_8bit", "masters": "stochastic", "in_backward": True, "grad_clip": 0.0,
+        "batch_size": MICRO_BATCH,
+    },
+)  # fmt: skip
+"""Settings of a stage, from what changes nothing to what takes least memory: in the last one gradients are never kept,
+so that nothing can be accumulated or clipped."""
 
 
 @functools.cache
 def fitting_plan(stage: Stage) -> tuple[dict[str, Any], StagePlan] | None:
-    """The first setting of the ladder with which a stage fits the GPU, and its fastest plan."""
-    config = preset(BASE, vocab_size=PIECES)
-    first = preset(BASE).vocab_size
+    """The first setting of the ladder with which a stage fits the GPU, recomputing as little as fits."""
     for setting in _LADDER:
         changed = msgspec.structs.replace(stage, **setting)
-        plan = fastest_fit(config, changed, _FREE, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
-        if plan is not None:
-            return setting, plan
+        plan = _plan(changed, MICRO_BATCH, "full")
+        if plan.fits:
+            faster = _plan(changed, MICRO_BATCH, "recompute-cheap")
+            return setting, faster if faster.fits else plan
     return None
 
 
 @functools.cache
 def least_memory(stage: Stage) -> int:
     """Bytes with plain AdamW, one sequence at a time and everything recomputed."""
-    loop = LoopConfig(batch_size=64, micro_batch_size=1, activations="full")
+    return _plan(stage, 1, "full").bytes
+
+
+def _plan(stage: Stage, micro_batch_size: int, activations: Activations) -> StagePlan:
+    loop = LoopConfig(batch_size=64, micro_batch_size=micro_batch_size, activations=activations)
     first = preset(BASE).vocab_size
     config = preset(BASE, vocab_size=PIECES)
-    return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first).bytes
+    return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
 
 
 @functools.cache

@@ -18,37 +18,65 @@ from redwhale.model import load_model
 
 INITS = ("decomposition", "decomposition/first", "mean", "random", "multivariate", "length-weighted")
 ENGLISH = (0.0, 0.05, 0.1, 0.25)
-FIRST_SCALE = 10.0
-"""Where the search for a learning rate begins: the plans' rates times this."""
+FIRST_SCALE, FIRST_ROWS_SCALE = 10.0, 3.0
+"""Where the searches for learning rates begin: factors on the plans' rates."""
 SWEEP_SEED = 100
 """Not among the seeds that conclusions are drawn from."""
 
 
 def learning_rates(prepared: Prepared) -> dict[str, Any]:
-    """For each schedule, the factor on its plan's rates with the fewest bits per byte on text that is for tuning.
+    """Factors on the plans' learning rates, by bits per byte on text that is for tuning.
 
-    Three runs each: the first factor, three times as much, and then nine times as much or a third, on the better side.
+    The factor of embedding and head is found on a stage that trains them alone, as long as RedWhale's first one, and
+    holds for all schedules; with it, each schedule has a factor of its own for layers and adapters. Each search tries the first factor, three times as
+    much, and then nine times as much or a third, on the better side.
     """
     sizes = prepared.sizes
 
-    def bits(schedule: str, scale: float) -> float:
+    def bits(schedule: str, lr_scale: float, rows_scale: float, share: float = 1.0) -> float:
         condition = Condition(
-            schedule=schedule, tokens=sizes.sweep_tokens, lr_scale=scale, added=sizes.usual_added, domains=("tuning",)
+            schedule=schedule,
+            tokens=round(share * sizes.sweep_tokens),
+            lr_scale=lr_scale,
+            rows_scale=rows_scale,
+            added=sizes.usual_added,
+            domains=("tuning",),
         )
         return run_of(prepared, condition, SWEEP_SEED)["after"]["tuning"]["bits_per_byte"]
 
-    found = {}
-    for schedule in SCHEDULES:
-        tried = {scale: bits(schedule, scale) for scale in (FIRST_SCALE, 3 * FIRST_SCALE)}
-        farther = 9 * FIRST_SCALE if tried[3 * FIRST_SCALE] < tried[FIRST_SCALE] else FIRST_SCALE / 3
-        tried[farther] = bits(schedule, farther)
-        best = min(tried, key=lambda scale: tried[scale])
-        found[schedule] = {"lr_scale": best, "tuning_bits_per_byte": {f"{s:.3g}": tried[s] for s in sorted(tried)}}
-    return {"seed": SWEEP_SEED, "tokens": sizes.sweep_tokens, "schedules": found, "comparisons": []}
+    rows = _searched(FIRST_ROWS_SCALE, lambda scale: bits(ROWS, scale, scale, 0.25))
+    found = {
+        schedule: _searched(FIRST_SCALE, lambda scale, schedule=schedule: bits(schedule, scale, rows["scale"]))
+        for schedule in SCHEDULES
+    }
+    return {
+        "seed": SWEEP_SEED,
+        "tokens": sizes.sweep_tokens,
+        "rows": rows,
+        "schedules": found,
+        "comparisons": [],
+    }
 
 
-Scales = Callable[[str], float]
-"""Learning-rate factor by schedule."""
+def _searched(first: float, bits: Callable[[float], float]) -> dict[str, Any]:
+    tried = {scale: bits(scale) for scale in (first, 3 * first)}
+    farther = 9 * first if tried[3 * first] < tried[first] else first / 3
+    tried[farther] = bits(farther)
+    best = min(tried, key=lambda scale: tried[scale])
+    return {"scale": best, "tuning_bits_per_byte": {f"{scale:.3g}": tried[scale] for scale in sorted(tried)}}
+
+
+class Scales(msgspec.Struct, frozen=True):
+    """What `learning_rates` found."""
+
+    rows: float
+    layers: Mapping[str, float]
+    """By schedule."""
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Scales:
+        layers = {name: one["scale"] for name, one in result["schedules"].items()}
+        return cls(result["rows"]["scale"], {**layers, ROWS: result["rows"]["scale"]})
 
 
 def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]:
@@ -64,7 +92,7 @@ def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]
     for name in SCHEDULES:
         if (times := factor[name]) is not None:
             tokens = round(times * sizes.tokens / step) * step
-            conditions[name] = Condition(schedule=name, tokens=tokens, lr_scale=scales(name), added=sizes.usual_added)
+            conditions[name] = _usual(prepared, scales, schedule=name, tokens=tokens)
     result = measured_conditions(prepared, conditions)
     pairs = [("redwhale", other) for other in conditions if other != "redwhale"]
     result["comparisons"] = _comparisons(result, pairs, f"schedules at equal {budget}")
@@ -156,7 +184,8 @@ def _usual(prepared: Prepared, scales: Scales, *, schedule: str = "redwhale", **
     sizes = prepared.sizes
     return Condition(
         schedule=schedule,
-        lr_scale=scales(schedule),
+        lr_scale=scales.layers[schedule],
+        rows_scale=scales.rows,
         **{"tokens": sizes.tokens, "added": sizes.usual_added, **other},
     )
 

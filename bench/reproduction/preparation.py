@@ -52,7 +52,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 FULL = Sizes(
     name="full", source_megabytes=3, added=(4_000, 8_000, 12_000, 20_000, 40_000), trained_pieces=60_000,
-    usual_added=8_000, tokens=65_536, sweep_tokens=32_768,
+    usual_added=8_000, tokens=49_152, sweep_tokens=32_768,
 )  # fmt: skip
 QUICK = Sizes(
     name="quick", source_megabytes=1, added=(4_000, 8_000, 16_000), trained_pieces=24_000, usual_added=4_000,

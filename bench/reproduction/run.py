@@ -22,7 +22,7 @@ from reproduction import experiments
 from reproduction.conclusions import changes, verdicts
 from reproduction.cost import cost
 from reproduction.preparation import FULL, QUICK, Prepared
-from reproduction.schedules import ROWS
+from reproduction.small_cost import small_cost
 from reproduction.token_ratios import token_ratios
 
 from redwhale.engine.run_folder import write_json
@@ -30,30 +30,25 @@ from redwhale.engine.run_folder import write_json
 COMMITTED = RESULTS / "reproduction"
 
 
-def scales_of(prepared: Prepared) -> Callable[[str], float]:
-    """Learning-rate factor by schedule, as the sweep at full size found it."""
-
-    def scale(schedule: str) -> float:
-        found = json.loads((COMMITTED / "learning_rates.json").read_text(encoding="utf-8"))["schedules"]
-        return found["redwhale" if schedule == ROWS else schedule]["lr_scale"]
-
-    return scale
+def scales() -> experiments.Scales:
+    """Learning rates as the sweep at full size found them."""
+    return experiments.Scales.of(json.loads((COMMITTED / "learning_rates.json").read_text(encoding="utf-8")))
 
 
 def experiments_of(prepared: Prepared, wheels: Path | None) -> dict[str, Callable[[], dict[str, Any]]]:
     """All experiments by name, in the order in which they run."""
-    scales = scales_of(prepared)
     return {
         "token_ratio": lambda: token_ratios(prepared, wheels),
         "learning_rates": lambda: experiments.learning_rates(prepared),
-        "schedules-tokens": lambda: experiments.schedules(prepared, scales, "tokens"),
-        "replay": lambda: experiments.replay(prepared, scales),
-        "vocabulary": lambda: experiments.vocabulary(prepared, scales),
-        "filtering": lambda: experiments.filtering(prepared, scales),
-        "initialisation": lambda: experiments.initialisation(prepared, scales),
+        "schedules-tokens": lambda: experiments.schedules(prepared, scales(), "tokens"),
+        "replay": lambda: experiments.replay(prepared, scales()),
+        "vocabulary": lambda: experiments.vocabulary(prepared, scales()),
+        "filtering": lambda: experiments.filtering(prepared, scales()),
+        "initialisation": lambda: experiments.initialisation(prepared, scales()),
         "cost": cost,
-        "schedules-flops": lambda: experiments.schedules(prepared, scales, "flops"),
-        "schedules-memory": lambda: experiments.schedules(prepared, scales, "memory"),
+        "cost-proxy": lambda: small_cost(prepared),
+        "schedules-flops": lambda: experiments.schedules(prepared, scales(), "flops"),
+        "schedules-memory": lambda: experiments.schedules(prepared, scales(), "memory"),
     }
 
 

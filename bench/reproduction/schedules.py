@@ -31,7 +31,9 @@ SMALL_RANK = 8
 """Of the proxy's adapters: 4.4% of its layers' weights, as rank 128 is of SOLAR's."""
 
 
-def small_stages(schedule: str, tokens: int, *, lr_scale: float, layers: int, step_tokens: int) -> list[Stage]:
+def small_stages(
+    schedule: str, tokens: int, *, lr_scale: float, rows_scale: float, layers: int, step_tokens: int
+) -> list[Stage]:
     """A schedule for a model of few layers and for few steps.
 
     Adapters are smaller, of layers that train in turn there is one at a time, and turns are as long as it takes for
@@ -40,14 +42,17 @@ def small_stages(schedule: str, tokens: int, *, lr_scale: float, layers: int, st
     Args:
         schedule: one of `SCHEDULES`, or `ROWS`.
         tokens: of all stages together.
-        lr_scale: multiplies the rates of the plans, which are meant for some billion parameters.
+        lr_scale: multiplies the plan's rates of layers and adapters, which are meant for some billion parameters.
+        rows_scale: multiplies those of embedding and head.
         layers: of the model.
         step_tokens: of a step.
     """
     stages = []
     for described in _KNOWN[schedule]:
         fields = {**described, "tokens": math.ceil(_share(schedule, described) * tokens)}
-        fields |= {key: described[key] * lr_scale for key in ("lr", "embed_lr", "head_lr") if key in described}
+        rows_alone = all(selector.startswith(("embed", "head")) for selector in described["train"])
+        factors = {"lr": rows_scale if rows_alone else lr_scale, "embed_lr": rows_scale, "head_lr": rows_scale}
+        fields |= {key: described[key] * factor for key, factor in factors.items() if key in described}
         fields.pop("share", None)
         stage = msgspec.convert(fields, Stage)
         if stage.uses_lora:

@@ -27,8 +27,6 @@ from redwhale.tokenizer.spm import nfc
 
 Count = Callable[[Sequence[str]], int]
 """Tokens that texts take in all."""
-PAPER = {"kobest/boolq": 0.52, "kobest/copa": 0.71, "kobest/hellaswag": 0.50, "kobest/sentineg": 0.69}
-"""Token ratio of RedWhale to SOLAR (arXiv 2408.11294), whose tokenizer is of Mistral's kind."""
 _LLAMA_3 = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",

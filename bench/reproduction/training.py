@@ -28,6 +28,9 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     schedule: str = "redwhale"
     tokens: int
     lr_scale: float
+    """Factor on the plan's learning rates of layers and adapters."""
+    rows_scale: float
+    """Factor on those of embedding and head."""
     added: int
     init: str = "decomposition"
     corpus: str = "filtered"
@@ -77,6 +80,7 @@ def _train(prepared: Prepared, condition: Condition, seed: int) -> dict[str, Any
         condition.schedule,
         condition.tokens,
         lr_scale=condition.lr_scale,
+        rows_scale=condition.rows_scale,
         layers=model.config.num_hidden_layers,
         step_tokens=sizes.batch_size * sizes.sequence_length,
     )
