@@ -28,8 +28,8 @@ def learning_rates(prepared: Prepared) -> dict[str, Any]:
     """Factors on the plans' learning rates, by bits per byte on text that is for tuning.
 
     The factor of embedding and head is found on a stage that trains them alone, as long as RedWhale's first one, and
-    holds for all schedules; with it, each schedule has a factor of its own for layers and adapters. Each search tries the first factor, three times as
-    much, and then nine times as much or a third, on the better side.
+    holds for all schedules; with it, each schedule has a factor of its own for layers and adapters. Each search tries
+    the first factor, three times as much, and then nine times as much or a third, on the better side.
     """
     sizes = prepared.sizes
 
