@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +13,7 @@ from reproduction.schedules import SCHEDULES, large_stages
 
 from redwhale.engine import LoopConfig, Stage
 from redwhale.engine.gpus import find_gpu
+from redwhale.engine.run_folder import write_json
 from redwhale.engine.run_plan import StagePlan, plan_stage
 from redwhale.model import preset
 from redwhale.model.activations import Activations
@@ -55,63 +58,65 @@ def _plan(stage: Stage, micro_batch_size: int, activations: Activations) -> Stag
     return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
 
 
-@functools.cache
-def costs() -> dict[str, Any]:
-    """Every stage of every schedule, and each schedule as a whole."""
-    found = {}
-    for schedule in SCHEDULES:
-        rows = []
-        for stage, share in large_stages(schedule):
-            unnamed = msgspec.structs.replace(stage, name="stage")
-            fitting = fitting_plan(unnamed)
-            row: dict[str, Any] = {"stage": stage.name, "share": share, "adamw_bytes": least_memory(unnamed)}
-            if fitting is not None:
-                setting, plan = fitting
-                row |= {
-                    "setting": setting,
-                    "micro_batch_size": plan.micro_batch_size,
-                    "activations": plan.activations,
-                    "bytes": plan.bytes,
-                    "flops_per_token": plan.model_flops_per_token,
-                    "tokens_per_second": plan.tokens_per_second,
-                }
-            rows.append(row)
-        whole: dict[str, Any] = {"adamw_bytes": max(row["adamw_bytes"] for row in rows)}
-        if all("bytes" in row for row in rows):
-            whole |= {
-                "bytes": max(row["bytes"] for row in rows),
-                "flops_per_token": sum(row["share"] * row["flops_per_token"] for row in rows),
-                "tokens_per_second": 1 / sum(row["share"] / row["tokens_per_second"] for row in rows),
-            }
-        found[schedule] = {"stages": rows, **whole}
-    return {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU, "schedules": found}
+def cost(work: Path) -> dict[str, Any]:
+    """Every stage of every schedule, and each schedule as a whole, with what they say, which has no noise.
 
-
-def equal_flops() -> dict[str, float | None]:
-    """Tokens that a schedule sees for one of full fine-tuning, at the same FLOPs."""
-    return _relative("flops_per_token", -1)
-
-
-def equal_hours() -> dict[str, float | None]:
-    """The same at the same hours on the same GPU, every schedule with the settings that let it fit; None if none do."""
-    return _relative("tokens_per_second", 1)
-
-
-def _relative(key: str, power: int) -> dict[str, float | None]:
-    schedules = costs()["schedules"]
-    full = schedules["full"].get(key)
-    return {
-        name: (one[key] / full) ** power if full is not None and key in one else None for name, one in schedules.items()
-    }
-
-
-def cost() -> dict[str, Any]:
-    """The costs with what they say about the schedules, which has no noise."""
-    schedules = costs()["schedules"]
+    Args:
+        work: folder that the plans are kept in.
+    """
+    path = work / "plans.json"
+    if not path.exists():
+        write_json(path, {schedule: _cost_of(schedule) for schedule in SCHEDULES})
+    schedules = json.loads(path.read_text(encoding="utf-8"))
     comparisons = []
     for name, one in schedules.items():
         for key in ("adamw_bytes", "flops_per_token", "tokens_per_second"):
             if name != "full" and key in one and key in schedules["full"]:
                 pair = (name, [one[key]]), ("full", [schedules["full"][key]])
                 comparisons.append(msgspec.to_builtins(compared(f"cost, {key}: {name} against full", *pair, key)))
-    return {**costs(), "comparisons": comparisons}
+    described = {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU, "micro_batch": MICRO_BATCH}
+    return {**described, "schedules": schedules, "comparisons": comparisons}
+
+
+def _cost_of(schedule: str) -> dict[str, Any]:
+    rows = []
+    for stage, share in large_stages(schedule):
+        unnamed = msgspec.structs.replace(stage, name="stage")
+        row: dict[str, Any] = {"stage": stage.name, "share": share, "adamw_bytes": least_memory(unnamed)}
+        if (fitting := fitting_plan(unnamed)) is not None:
+            setting, plan = fitting
+            row |= {
+                "setting": setting,
+                "activations": plan.activations,
+                "bytes": plan.bytes,
+                "flops_per_token": plan.model_flops_per_token,
+                "tokens_per_second": plan.tokens_per_second,
+            }
+        rows.append(row)
+        print(f"{schedule}/{stage.name}: {row}", flush=True)
+    whole: dict[str, Any] = {"adamw_bytes": max(row["adamw_bytes"] for row in rows)}
+    if all("bytes" in row for row in rows):
+        whole |= {
+            "bytes": max(row["bytes"] for row in rows),
+            "flops_per_token": sum(row["share"] * row["flops_per_token"] for row in rows),
+            "tokens_per_second": 1 / sum(row["share"] / row["tokens_per_second"] for row in rows),
+        }
+    return {"stages": rows, **whole}
+
+
+def equal_flops(work: Path) -> dict[str, float | None]:
+    """Tokens that a schedule sees for one of full fine-tuning, at the same FLOPs."""
+    return _relative(work, "flops_per_token", -1)
+
+
+def equal_hours(work: Path) -> dict[str, float | None]:
+    """The same at the same hours on the same GPU, every schedule with the settings that let it fit; None if none do."""
+    return _relative(work, "tokens_per_second", 1)
+
+
+def _relative(work: Path, key: str, power: int) -> dict[str, float | None]:
+    schedules = cost(work)["schedules"]
+    full = schedules["full"].get(key)
+    return {
+        name: (one[key] / full) ** power if full is not None and key in one else None for name, one in schedules.items()
+    }

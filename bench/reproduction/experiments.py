@@ -81,11 +81,9 @@ class Scales(msgspec.Struct, frozen=True):
 
 def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]:
     """All schedules at the same tokens, at the FLOPs of full fine-tuning, or at its memory and hours."""
-    factor: Mapping[str, float | None] = {
-        "tokens": dict.fromkeys(SCHEDULES, 1.0),
-        "flops": equal_flops(),
-        "memory": equal_hours(),
-    }[budget]
+    factor: Mapping[str, float | None] = dict.fromkeys(SCHEDULES, 1.0)
+    if budget != "tokens":
+        factor = equal_flops(prepared.root) if budget == "flops" else equal_hours(prepared.root)
     sizes = prepared.sizes
     step = sizes.batch_size * sizes.sequence_length
     conditions = {}

@@ -45,7 +45,7 @@ def experiments_of(prepared: Prepared, wheels: Path | None) -> dict[str, Callabl
         "vocabulary": lambda: experiments.vocabulary(prepared, scales()),
         "filtering": lambda: experiments.filtering(prepared, scales()),
         "initialisation": lambda: experiments.initialisation(prepared, scales()),
-        "cost": cost,
+        "cost": lambda: cost(prepared.root),
         "cost-proxy": lambda: small_cost(prepared),
         "schedules-flops": lambda: experiments.schedules(prepared, scales(), "flops"),
         "schedules-memory": lambda: experiments.schedules(prepared, scales(), "memory"),
