@@ -15,8 +15,10 @@ from reproduction.training import Condition, run_of
 from redwhale.engine.flops import training_flops
 from redwhale.engine.selectors import select_parameters
 from redwhale.model import load_model
+from redwhale.model.init_methods import PAPER_METHODS
 
-INITS = ("decomposition", "decomposition/first", "mean", "random", "multivariate", "length-weighted")
+INITS = (*PAPER_METHODS, "mean/mean+prior")
+"""What stands for the paper's five, and ours."""
 ENGLISH = (0.0, 0.05, 0.1, 0.25)
 FIRST_SCALE, FIRST_ROWS_SCALE = 10.0, 3.0
 """Where the searches for learning rates begin: factors on the plans' rates."""
@@ -157,7 +159,7 @@ def initialisation(prepared: Prepared, scales: Scales) -> dict[str, Any]:
     result = measured_conditions(prepared, conditions)
     comparisons = []
     for when in ("before", "after"):
-        pairs = [("decomposition", other) for other in INITS[1:]]
+        pairs = [("decomposition", other) for other in INITS if other != "decomposition"]
         comparisons += _comparisons(result, pairs, f"initialisation {when} training", when=when)
     return {**result, "comparisons": comparisons}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 import torch
 
 from redwhale.engine import MixedSequences, PackedSequences, TokenShards, pack_texts
-from redwhale.engine.init_choice import Choice, choose_rows
+from redwhale.engine.init_choice import Choice, FitTexts, choose_rows
 from redwhale.engine.init_vocabulary import HybridVocabulary
 from redwhale.engine.run_folder import write_json
 from redwhale.filtering import FilterConfig, filter_corpus, read_documents
@@ -55,8 +56,8 @@ FULL = Sizes(
     usual_added=8_000, tokens=49_152, sweep_tokens=32_768,
 )  # fmt: skip
 QUICK = Sizes(
-    name="quick", source_megabytes=1, added=(4_000, 8_000, 16_000), trained_pieces=24_000, usual_added=4_000,
-    tokens=16_384, sweep_tokens=0, heldout_bytes=4_000, stories=6,
+    name="quick", source_megabytes=1, added=(4_000, 8_000, 20_000), trained_pieces=30_000, usual_added=8_000,
+    tokens=12_288, sweep_tokens=0, heldout_bytes=4_000, stories=6,
 )  # fmt: skip
 
 
@@ -170,9 +171,20 @@ class Prepared:
         if not (folder / "config.json").exists():
             pair = HybridVocabulary.open(self.checkpoint / "tokenizer.model", self.tokenizer(added).path)
             vocabulary = NewVocabulary(pair.decompositions, pair.base.surfaces, None)
-            made = choose_rows(self.base, vocabulary, parsed, seed=seed if draws else 0)
+            model = load_model(self.base, dtype=torch.float32) if parsed.needs_model else None
+            texts = self._fit_texts(added) if parsed.needs_model else None
+            made = choose_rows(self.base, vocabulary, parsed, model=model, texts=texts, seed=seed if draws else 0)
             write_extended(self.base, folder, {name: new.rows for name, new in made.items()})
         return folder
+
+    def _fit_texts(self, added: int) -> FitTexts:
+        """The beginnings of some documents of the filtered corpus and of English."""
+        tokenizer, cut = self.tokenizer(added), self.sizes.sequence_length
+        korean = [text[:1_000] for _, text in islice(self.corpus("filtered"), 0, 1_000, 10)]
+        english = "".join(first_bytes([self.data / "english" / "gutenberg.jsonl.zst"], 5e4))
+        pages = [english[begin : begin + 500] for begin in range(0, len(english), 500)]
+        ids = ([torch.tensor(one[:cut]) for one in tokenizer.encode_batch(texts)] for texts in (korean, pages))
+        return FitTexts(*ids)
 
     def packed(self, added: int, name: str) -> PackedSequences:
         """A corpus, or "english", in tokens."""

@@ -77,8 +77,7 @@ def token_ratios(prepared: Prepared, wheels: Path | None) -> dict[str, Any]:
         "Llama-2": encoder(data / "tokenizers" / "llama2.model"),
         "Mistral": encoder(data / "tokenizers" / "mistral-v1.model"),
     }
-    hybrids = {added: f"Llama-2 + {prepared.pieces(added):,}" for added in prepared.sizes.added}
-    counts |= {name: encoder(prepared.tokenizer(added).path) for added, name in hybrids.items()}
+    counts |= {f"Llama-2 + {added:,}": encoder(prepared.tokenizer(added).path) for added in prepared.sizes.added}
     newer = []
     with tempfile.TemporaryDirectory() as folder:
         if wheels is not None:
@@ -87,11 +86,11 @@ def token_ratios(prepared: Prepared, wheels: Path | None) -> dict[str, Any]:
             counts |= modern
         tokens = {name: {d: count(texts) for d, texts in domains.items()} for name, count in counts.items()}
     characters = {domain: sum(map(len, texts)) for domain, texts in domains.items()}
-    largest = hybrids[max(hybrids)]
+    usual = f"Llama-2 + {prepared.sizes.usual_added:,}"
     comparisons = [
         compared(
-            f"token ratio, {domain}: {largest} against {name}",
-            (largest, [tokens[largest][domain]]),
+            f"token ratio, {domain}: {usual} against {name}",
+            (usual, [tokens[usual][domain]]),
             (name, [tokens[name][domain]]),
             "tokens",
         )
