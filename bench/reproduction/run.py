@@ -1,12 +1,14 @@
 """The paper's claims at proxy scale: runs the experiments, and says whether a conclusion has changed.
 
 Without names all experiments run. What is finished is kept in the work folder, run by run, and not done again. At full
-size the results are written to bench/results/reproduction; with --quick they stay in the work folder. Either way they
-are compared with those that were there before, and the exit code is 1 if a conclusion turned round.
+size the results are written to bench/results/reproduction; with --quick they stay in the work folder, in one for each
+state of the code. Either way they are compared with those that were there before, and the exit code is 1 if a
+conclusion turned round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -28,6 +30,15 @@ from reproduction.token_ratios import token_ratios
 from redwhale.engine.run_folder import write_json
 
 COMMITTED = RESULTS / "reproduction"
+
+
+def source_digest() -> str:
+    """Hash of all code that a result can depend on."""
+    digest = hashlib.sha256()
+    for folder in ("bench/reproduction", "engine", "filtering", "kernels", "model", "tokenizer"):
+        for path in sorted((PROJECT / folder).rglob("*.py")):
+            digest.update(path.relative_to(PROJECT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def scales() -> experiments.Scales:
@@ -62,11 +73,12 @@ def main() -> None:
     arguments.add_argument("--quick", action="store_true", help="a reduced size, compared with the full size's results")
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    prepared = Prepared(given.work, given.data, QUICK if given.quick else FULL)
+    work, sizes = (given.work / source_digest(), QUICK) if given.quick else (given.work, FULL)
+    prepared = Prepared(work, given.data, sizes)
     known = experiments_of(prepared, given.wheels)
     if unknown := sorted(set(given.experiments) - set(known)):
         raise SystemExit(f"there is no experiment {unknown[0]!r}; known: {', '.join(known)}")
-    turned = []
+    turned, left_open, conclusions = [], 0, 0
     for name in given.experiments or known:
         if given.quick and name == "learning_rates":
             continue
@@ -81,11 +93,15 @@ def main() -> None:
         for sentence in changed:
             print(f"  CHANGED: {sentence}")
         turned += changed
+        left_open += len(open_ones)
+        conclusions += len(result["comparisons"])
         if given.quick:
             write_json(prepared.root / f"{name}.json", result)
         else:
-            write_result(f"reproduction/{name}", __file__, result, data=[given.data, *filter(None, [given.wheels])])
-    print(f"{len(turned)} conclusions changed" if turned else "no conclusion changed")
+            write_result(
+                f"reproduction/{name}", __file__, result, data=[given.data, given.work, *filter(None, [given.wheels])]
+            )
+    print(f"{conclusions} conclusions: {len(turned)} turned round, {left_open} reached by one of the two alone")
     sys.exit(1 if turned else 0)
 
 
