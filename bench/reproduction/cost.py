@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,104 +19,78 @@ from redwhale.model import preset
 from redwhale.model.activations import Activations
 
 BASE, PIECES, SEQUENCE, GPU = "solar-10.7b", 52_000, 4096, "h100-80gb"
-MICRO_BATCH = 2
-_LADDER: tuple[dict[str, Any], ...] = (
-    {"optimizer": "adamw"},
-    {"optimizer": "adamw_8bit"},
-    {"optimizer": "adamw_8bit", "masters": "stochastic"},
-    {
-        "optimizer": "adamw_8bit", "masters": "stochastic", "in_backward": True, "grad_clip": 0.0,
-        "batch_size": MICRO_BATCH,
+SETTINGS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw"},
+    "8-bit": {"optimizer": "adamw_8bit"},
+    "no gradients": {
+        **{"optimizer": "adamw_8bit", "masters": "stochastic"},
+        **{"in_backward": True, "grad_clip": 0.0, "batch_size": 1},
     },
-)  # fmt: skip
-"""Settings of a stage, from what changes nothing to what takes least memory: in the last one gradients are never kept,
-so that nothing can be accumulated or clipped."""
+}
+"""Optimizers from what changes nothing to what takes least memory: 8-bit moments, then stochastic rounding in place of
+masters and gradients that are never kept, so that nothing can be accumulated or clipped."""
 
 
-@functools.cache
-def fitting_plan(stage: Stage) -> tuple[dict[str, Any], StagePlan] | None:
-    """The first setting of the ladder with which a stage fits the GPU, recomputing as little as fits."""
-    for setting in _LADDER:
-        changed = msgspec.structs.replace(stage, **setting)
-        plan = _plan(changed, MICRO_BATCH, "full")
-        if plan.fits:
-            faster = _plan(changed, MICRO_BATCH, "recompute-cheap")
-            return setting, faster if faster.fits else plan
-    return None
+def cost(work: Path, settings: int = len(SETTINGS)) -> dict[str, Any]:
+    """Every stage of every schedule, and each schedule as a whole, with what they say, which has no noise.
+
+    Args:
+        work: folder that the plans are kept in, stage by stage.
+        settings: how many of `SETTINGS` to plan with.
+    """
+    schedules = {schedule: _cost_of(schedule, work, list(SETTINGS)[:settings]) for schedule in SCHEDULES}
+    full = schedules["full"]
+    comparisons = [
+        compared(f"cost, {key}: {name} against full", (name, [one[key]]), ("full", [full[key]]), key)
+        for name, one in schedules.items()
+        for key in ("AdamW bytes", "flops_per_token")
+        if name != "full"
+    ]
+    described = {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU}
+    return {**described, "schedules": schedules, "comparisons": [msgspec.to_builtins(one) for one in comparisons]}
 
 
-@functools.cache
-def least_memory(stage: Stage) -> int:
-    """Bytes with plain AdamW, one sequence at a time and everything recomputed."""
-    return _plan(stage, 1, "full").bytes
+def _cost_of(schedule: str, work: Path, settings: list[str]) -> dict[str, Any]:
+    rows = []
+    for stage, share in large_stages(schedule):
+        unnamed = msgspec.structs.replace(stage, name="stage")  # schedules share stages
+        digest = hashlib.sha256(msgspec.json.encode((unnamed, settings))).hexdigest()[:12]
+        path = work / "plans" / f"{digest}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, _planned(unnamed, settings))
+        rows.append({"stage": stage.name, "share": share, **json.loads(path.read_text(encoding="utf-8"))})
+    whole = {f"{name} bytes": max(row[f"{name} bytes"] for row in rows) for name in settings}
+    whole["flops_per_token"] = sum(row["share"] * row["flops_per_token"] for row in rows)
+    if all("tokens_per_second" in row for row in rows):
+        whole["tokens_per_second"] = 1 / sum(row["share"] / row["tokens_per_second"] for row in rows)
+    return {"stages": rows, **whole}
 
 
-def _plan(stage: Stage, micro_batch_size: int, activations: Activations) -> StagePlan:
-    loop = LoopConfig(batch_size=64, micro_batch_size=micro_batch_size, activations=activations)
+def _planned(stage: Stage, settings: list[str]) -> dict[str, Any]:
+    """Bytes of a stage with each setting, one sequence at a time, everything recomputed; its speed with the first that
+    fits the GPU, recomputing as little as fits."""
+    row: dict[str, Any] = {}
+    for name in settings:
+        changed = msgspec.structs.replace(stage, **SETTINGS[name])
+        plan = _plan(changed, "full")
+        row[f"{name} bytes"] = plan.bytes
+        row.setdefault("flops_per_token", plan.model_flops_per_token)
+        if plan.fits and "tokens_per_second" not in row:
+            faster = _plan(changed, "recompute-cheap")
+            chosen = faster if faster.fits else plan
+            row |= {"setting": name, "activations": chosen.activations, "tokens_per_second": chosen.tokens_per_second}
+    return row
+
+
+def _plan(stage: Stage, activations: Activations) -> StagePlan:
+    loop = LoopConfig(batch_size=64, micro_batch_size=1, activations=activations)
     first = preset(BASE).vocab_size
     config = preset(BASE, vocab_size=PIECES)
     return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
 
 
-def cost(work: Path) -> dict[str, Any]:
-    """Every stage of every schedule, and each schedule as a whole, with what they say, which has no noise.
-
-    Args:
-        work: folder that the plans are kept in.
-    """
-    path = work / "plans.json"
-    if not path.exists():
-        write_json(path, {schedule: _cost_of(schedule) for schedule in SCHEDULES})
-    schedules = json.loads(path.read_text(encoding="utf-8"))
-    comparisons = []
-    for name, one in schedules.items():
-        for key in ("adamw_bytes", "flops_per_token", "tokens_per_second"):
-            if name != "full" and key in one and key in schedules["full"]:
-                pair = (name, [one[key]]), ("full", [schedules["full"][key]])
-                comparisons.append(msgspec.to_builtins(compared(f"cost, {key}: {name} against full", *pair, key)))
-    described = {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU, "micro_batch": MICRO_BATCH}
-    return {**described, "schedules": schedules, "comparisons": comparisons}
-
-
-def _cost_of(schedule: str) -> dict[str, Any]:
-    rows = []
-    for stage, share in large_stages(schedule):
-        unnamed = msgspec.structs.replace(stage, name="stage")
-        row: dict[str, Any] = {"stage": stage.name, "share": share, "adamw_bytes": least_memory(unnamed)}
-        if (fitting := fitting_plan(unnamed)) is not None:
-            setting, plan = fitting
-            row |= {
-                "setting": setting,
-                "activations": plan.activations,
-                "bytes": plan.bytes,
-                "flops_per_token": plan.model_flops_per_token,
-                "tokens_per_second": plan.tokens_per_second,
-            }
-        rows.append(row)
-        print(f"{schedule}/{stage.name}: {row}", flush=True)
-    whole: dict[str, Any] = {"adamw_bytes": max(row["adamw_bytes"] for row in rows)}
-    if all("bytes" in row for row in rows):
-        whole |= {
-            "bytes": max(row["bytes"] for row in rows),
-            "flops_per_token": sum(row["share"] * row["flops_per_token"] for row in rows),
-            "tokens_per_second": 1 / sum(row["share"] / row["tokens_per_second"] for row in rows),
-        }
-    return {"stages": rows, **whole}
-
-
-def equal_flops(work: Path) -> dict[str, float | None]:
+def equal_flops(work: Path, settings: int) -> dict[str, float]:
     """Tokens that a schedule sees for one of full fine-tuning, at the same FLOPs."""
-    return _relative(work, "flops_per_token", -1)
-
-
-def equal_hours(work: Path) -> dict[str, float | None]:
-    """The same at the same hours on the same GPU, every schedule with the settings that let it fit; None if none do."""
-    return _relative(work, "tokens_per_second", 1)
-
-
-def _relative(work: Path, key: str, power: int) -> dict[str, float | None]:
-    schedules = cost(work)["schedules"]
-    full = schedules["full"].get(key)
-    return {
-        name: (one[key] / full) ** power if full is not None and key in one else None for name, one in schedules.items()
-    }
+    schedules = cost(work, settings)["schedules"]
+    return {name: schedules["full"]["flops_per_token"] / one["flops_per_token"] for name, one in schedules.items()}

@@ -44,7 +44,7 @@ def draw() -> None:
     for number, (budget, conditions) in enumerate(schedules.items()):
         there = [name for name in names if name in conditions]
         points = [conditions[name]["after korean bits_per_byte"] for name in there]
-        places = [names.index(name) + (number - 1) * 0.2 for name in there]
+        places = [names.index(name) + (number - 0.5) * 0.2 for name in there]
         _errorbar(axes, places, points, label=f"equal {'FLOPs' if budget == 'flops' else budget}", linestyle="")
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="bits per byte, Korean held out")

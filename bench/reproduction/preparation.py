@@ -49,6 +49,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Of each Korean domain; twice as many of English."""
     stories: int = 12
     """Texts sampled from the base."""
+    optimizers: int = 3
+    """Settings of the optimizer that memory is planned with."""
 
 
 FULL = Sizes(
@@ -57,7 +59,7 @@ FULL = Sizes(
 )  # fmt: skip
 QUICK = Sizes(
     name="quick", source_megabytes=1, added=(4_000, 8_000, 20_000), trained_pieces=30_000, usual_added=8_000,
-    tokens=12_288, sweep_tokens=0, heldout_bytes=4_000, stories=6,
+    tokens=8_192, sweep_tokens=0, heldout_bytes=4_000, stories=6, optimizers=1,
 )  # fmt: skip
 
 

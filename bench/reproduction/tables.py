@@ -10,7 +10,9 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAPER_RATIOS = {"kobest/boolq": 0.52, "kobest/copa": 0.71, "kobest/hellaswag": 0.50, "kobest/sentineg": 0.69}
 """Token ratio of RedWhale to SOLAR (arXiv 2408.11294), whose tokenizer is of Mistral's kind."""
-BUDGETS = ("tokens", "flops", "memory")
+BUDGETS = ("tokens", "flops")
+CARDS = (24, 40, 48, 80, 141)
+"""GB of memory of one GPU."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _measures(found: Mapping[str, float]) -> list[str]:
 
 
 def schedules(budget: str) -> list[str]:
-    """All schedules at one budget, best first."""
+    """Schedules at one budget, best first."""
     result = read(f"reproduction/schedules-{budget}")
     conditions = result["conditions"]
     rows = []
@@ -224,30 +226,38 @@ def filtering() -> list[str]:
     return table([*head, "filtered less this", "verdict"], rows)
 
 
+def memory() -> list[str]:
+    """With which optimizer each schedule fits which GPU at SOLAR's size, best first by equal tokens."""
+    large = read("reproduction/cost")["schedules"]
+    trained = read("reproduction/schedules-tokens")["conditions"]
+    rows = []
+    for name in sorted(trained, key=lambda name: trained[name]["after korean bits_per_byte"]["mean"]):
+        need = {key.removesuffix(" bytes"): size for key, size in large[name].items() if key.endswith(" bytes")}
+        fits = [next((way for way, size in need.items() if size <= card * 1e9), "") for card in CARDS]
+        rows.append([name, spread(trained[name]["after korean bits_per_byte"]), *fits])
+    return table(["schedule", "Korean at equal tokens", *(f"{card} GB" for card in CARDS)], rows)
+
+
 def cost() -> list[str]:
     """Memory and speed of every schedule, at SOLAR's size by the plan and at the proxy's by measurement."""
     large, small = read("reproduction/cost")["schedules"], read("reproduction/cost-proxy")["schedules"]
-    full = large["full"]
     rows = []
     for name, one in large.items():
-        settings = {stage["setting"]["optimizer"] for stage in one["stages"] if "setting" in stage}
-        bare = any(stage.get("setting", {}).get("in_backward") for stage in one["stages"])
+        speed = one.get("tokens_per_second")
         rows.append(
             [
                 name,
-                f"{one['adamw_bytes'] / 1e9:.0f}",
-                " and ".join(sorted(settings)) + (", no gradients kept" if bare else ""),
-                f"{one['bytes'] / 1e9:.0f}",
+                *(f"{size / 1e9:.0f}" for key, size in one.items() if key.endswith(" bytes")),
                 f"{one['flops_per_token'] / 1e9:.1f}",
-                f"{one['tokens_per_second']:,.0f}",
-                f"{9.7e9 / one['tokens_per_second'] / 3600:,.0f}",
-                f"{one['tokens_per_second'] / full['tokens_per_second']:.2f}",
+                "" if speed is None else f"{speed:,.0f}",
+                "" if speed is None else f"{9.7e9 / speed / 3600:,.0f}",
                 f"{small[name]['bytes'] / 1e6:.0f}",
                 f"{small[name]['tokens_per_cpu_second']:,.0f}",
             ]
         )
-    head = ["schedule", "GB with AdamW", "fits 80 GB with", "GB", "GF a token", "tokens/s", "hours for 9.7 billion"]
-    return table([*head, "speed over full", "proxy, MB", "proxy, tokens a CPU second"], rows)
+    ways = [f"GB, {key.removesuffix(' bytes')}" for key in large["full"] if key.endswith(" bytes")]
+    head = ["schedule", *ways, "GF a token", "tokens/s", "hours for 9.7 billion"]
+    return table([*head, "proxy, MB", "proxy, tokens a CPU second"], rows)
 
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {
@@ -258,7 +268,7 @@ TABLES: Mapping[str, Callable[[], list[str]]] = {
     "stage_losses": stage_losses,
     "schedules-tokens": lambda: schedules("tokens"),
     "schedules-flops": lambda: schedules("flops"),
-    "schedules-memory": lambda: schedules("memory"),
+    "schedules-memory": memory,
     "filtering": filtering,
     "replay": replay,
     "vocabulary": vocabulary,
