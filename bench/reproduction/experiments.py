@@ -22,8 +22,8 @@ INITS = (*PAPER_METHODS, "mean/mean+prior")
 ENGLISH = (0.0, 0.05, 0.1, 0.25)
 FIRST_SCALE, FIRST_ROWS_SCALE = 10.0, 3.0
 """Where the searches for learning rates begin: factors on the plans' rates."""
-FAR_BEHIND = ("lora", "eeve")
-"""Schedules that are a quarter of a bit behind at equal tokens, more than some tokens more could mend."""
+BEHIND = ("lora", "eeve", "sequential", "badam")
+"""Schedules that are behind RedWhale's at equal tokens."""
 SWEEP_SEED = 100
 """Not among the seeds that conclusions are drawn from."""
 
@@ -84,12 +84,12 @@ class Scales(msgspec.Struct, frozen=True):
 
 
 def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]:
-    """Schedules at the same "tokens", or at the "flops" of full fine-tuning, for which `FAR_BEHIND` is left out."""
+    """Schedules at the same "tokens", or at the "flops" of full fine-tuning, for which `BEHIND` is left out."""
     sizes = prepared.sizes
     factor, names = dict.fromkeys(SCHEDULES, 1.0), list(SCHEDULES)
     if budget == "flops":
         factor = equal_flops(prepared.root, sizes.optimizers)
-        names = [name for name in SCHEDULES if name not in FAR_BEHIND]
+        names = [name for name in SCHEDULES if name not in BEHIND]
     step = sizes.batch_size * sizes.sequence_length
     conditions = {
         name: _usual(prepared, scales, schedule=name, tokens=round(factor[name] * sizes.tokens / step) * step)
@@ -153,8 +153,8 @@ def initialisation(prepared: Prepared, scales: Scales) -> dict[str, Any]:
     """Methods for the new rows, before training and along the stage that trains embedding and head."""
     sizes = prepared.sizes
     step = sizes.batch_size * sizes.sequence_length
-    steps = sizes.tokens // 2 // step
-    curve = tuple(sorted({max(1, steps * part // 8) for part in (1, 2, 4)}))
+    steps = sizes.tokens // 3 // step
+    curve = tuple(sorted({max(1, steps // part) for part in (4, 2)}))
     conditions = {
         name: _usual(prepared, scales, init=name, schedule=ROWS, tokens=steps * step, curve=curve) for name in INITS
     }

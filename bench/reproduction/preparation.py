@@ -58,8 +58,8 @@ FULL = Sizes(
     usual_added=8_000, tokens=49_152, sweep_tokens=32_768,
 )  # fmt: skip
 QUICK = Sizes(
-    name="quick", source_megabytes=1, added=(4_000, 8_000, 20_000), trained_pieces=30_000, usual_added=8_000,
-    tokens=8_192, sweep_tokens=0, heldout_bytes=4_000, stories=6, optimizers=1,
+    name="quick", source_megabytes=1, added=(4_000, 8_000, 12_000), trained_pieces=20_000, usual_added=8_000,
+    tokens=8_192, sweep_tokens=0, heldout_bytes=2_000, stories=4, optimizers=1,
 )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def spread(one: Mapping[str, Any], digits: int = 3) -> str:
     """Mean and half of the 95% interval."""
-    interval = "" if one["interval"] is None else f" ± {one['interval']:.{digits}f}"
+    noisy = one["interval"] is not None and max(one["values"]) != min(one["values"])
+    interval = f" ± {one['interval']:.{digits}f}" if noisy else ""
     return f"{one['mean']:.{digits}f}{interval}"
 
 
@@ -137,19 +138,15 @@ def _measures(found: Mapping[str, float]) -> list[str]:
 def schedules(budget: str) -> list[str]:
     """Schedules at one budget, best first."""
     result = read(f"reproduction/schedules-{budget}")
-    conditions = result["conditions"]
+    conditions, domains = result["conditions"], ("korean", "wikipedia", "stories")
     rows = []
     for name in sorted(conditions, key=lambda name: conditions[name]["after korean bits_per_byte"]["mean"]):
         one = conditions[name]
         found = difference(result, f"schedules at equal {budget}: redwhale against {name}")
-        rows.append(
-            [
-                name,
-                f"{sum(stage['tokens'] for stage in one['runs'][0]['stages']):,}",
-                *(spread(one[f"after {domain} bits_per_byte"]) for domain in ("korean", "wikipedia", "stories")),
-                *found,
-            ]
-        )
+        tokens = f"{sum(stage['tokens'] for stage in one['runs'][0]['stages']):,}"
+        rows.append([name, tokens, *(spread(one[f"after {domain} bits_per_byte"]) for domain in domains), *found])
+    before = conditions["redwhale"]
+    rows.append(["before", "0", *(spread(before[f"before {domain} bits_per_byte"]) for domain in domains), "", ""])
     head = ["schedule", "tokens", "Korean", "Wikipedia", "stories", "Korean, redwhale less this", "redwhale is"]
     return table(head, rows)
 
@@ -168,15 +165,20 @@ def learning_rates() -> list[str]:
 def replay() -> list[str]:
     """Shares of English."""
     result = read("reproduction/replay")
+    domains = ("korean", "wikipedia", "stories")
     rows = []
     for share, one in result["conditions"].items():
         cells = [share]
-        for domain in ("korean", "wikipedia", "stories"):
+        for domain in domains:
             cells.append(spread(one[f"after {domain} bits_per_byte"]))
             cells.append(" ".join(difference(result, f"replay, {domain}: {share} against 0%")))
-        rows.append(cells)
+        rows.append([*cells, *(spread(one[f"after {domain} accuracy"]) for domain in domains)])
+    before = next(iter(result["conditions"].values()))
+    cells = [cell for domain in domains for cell in (spread(before[f"before {domain} bits_per_byte"]), "")]
+    rows.insert(0, ["before", *cells, *(spread(before[f"before {domain} accuracy"]) for domain in domains)])
     less = "less 0%"
-    return table(["English", "Korean", less, "Wikipedia", less, "stories", less], rows)
+    head = ["English", "Korean", less, "Wikipedia", less, "stories", less]
+    return table([*head, *(f"accuracy, {name}" for name in ("Korean", "Wikipedia", "stories"))], rows)
 
 
 def vocabulary() -> list[str]:
