@@ -16,7 +16,6 @@ from redwhale.engine.gpus import find_gpu
 from redwhale.engine.run_folder import write_json
 from redwhale.engine.run_plan import StagePlan, plan_stage
 from redwhale.model import preset
-from redwhale.model.activations import Activations
 
 BASE, PIECES, SEQUENCE, GPU = "solar-10.7b", 52_000, 4096, "h100-80gb"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,66 +30,65 @@ SETTINGS: dict[str, dict[str, Any]] = {
 masters and gradients that are never kept, so that nothing can be accumulated or clipped."""
 
 
-def cost(work: Path, settings: int = len(SETTINGS)) -> dict[str, Any]:
+def cost(work: Path) -> dict[str, Any]:
     """Every stage of every schedule, and each schedule as a whole, with what they say, which has no noise.
 
     Args:
         work: folder that the plans are kept in, stage by stage.
-        settings: how many of `SETTINGS` to plan with.
     """
-    schedules = {schedule: _cost_of(schedule, work, list(SETTINGS)[:settings]) for schedule in SCHEDULES}
+    schedules = {schedule: _cost_of(schedule, work) for schedule in SCHEDULES}
     full = schedules["full"]
     comparisons = [
         compared(f"cost, {key}: {name} against full", (name, [one[key]]), ("full", [full[key]]), key)
         for name, one in schedules.items()
-        for key in ("AdamW bytes", "flops_per_token")
-        if name != "full"
+        for key in ("adamw_bytes", "flops_per_token", "tokens_per_second")
+        if name != "full" and key in one and key in full
     ]
     described = {"base": BASE, "pieces": PIECES, "sequence_length": SEQUENCE, "gpu": GPU}
     return {**described, "schedules": schedules, "comparisons": [msgspec.to_builtins(one) for one in comparisons]}
 
 
-def _cost_of(schedule: str, work: Path, settings: list[str]) -> dict[str, Any]:
+def _cost_of(schedule: str, work: Path) -> dict[str, Any]:
     rows = []
     for stage, share in large_stages(schedule):
         unnamed = msgspec.structs.replace(stage, name="stage")  # schedules share stages
-        digest = hashlib.sha256(msgspec.json.encode((unnamed, settings))).hexdigest()[:12]
+        digest = hashlib.sha256(msgspec.json.encode((unnamed, SETTINGS))).hexdigest()[:12]
         path = work / "plans" / f"{digest}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            write_json(path, _planned(unnamed, settings))
+            write_json(path, _planned(unnamed))
         rows.append({"stage": stage.name, "share": share, **json.loads(path.read_text(encoding="utf-8"))})
-    whole = {f"{name} bytes": max(row[f"{name} bytes"] for row in rows) for name in settings}
-    whole["flops_per_token"] = sum(row["share"] * row["flops_per_token"] for row in rows)
+    whole = {
+        "adamw_bytes": max(row["adamw_bytes"] for row in rows),
+        "flops_per_token": sum(row["share"] * row["flops_per_token"] for row in rows),
+    }
     if all("tokens_per_second" in row for row in rows):
+        whole["bytes"] = max(row["bytes"] for row in rows)
         whole["tokens_per_second"] = 1 / sum(row["share"] / row["tokens_per_second"] for row in rows)
     return {"stages": rows, **whole}
 
 
-def _planned(stage: Stage, settings: list[str]) -> dict[str, Any]:
-    """Bytes of a stage with each setting, one sequence at a time, everything recomputed; its speed with the first that
-    fits the GPU, recomputing as little as fits."""
+def _planned(stage: Stage) -> dict[str, Any]:
+    """A stage with plain AdamW, and with the first of `SETTINGS` that fits the GPU."""
     row: dict[str, Any] = {}
-    for name in settings:
-        changed = msgspec.structs.replace(stage, **SETTINGS[name])
-        plan = _plan(changed, "full")
-        row[f"{name} bytes"] = plan.bytes
+    for name, setting in SETTINGS.items():
+        plan = _plan(msgspec.structs.replace(stage, **setting))
+        row.setdefault("adamw_bytes", plan.bytes)
         row.setdefault("flops_per_token", plan.model_flops_per_token)
-        if plan.fits and "tokens_per_second" not in row:
-            faster = _plan(changed, "recompute-cheap")
-            chosen = faster if faster.fits else plan
-            row |= {"setting": name, "activations": chosen.activations, "tokens_per_second": chosen.tokens_per_second}
+        if plan.fits:
+            return {**row, "setting": name, "bytes": plan.bytes, "tokens_per_second": plan.tokens_per_second}
     return row
 
 
-def _plan(stage: Stage, activations: Activations) -> StagePlan:
-    loop = LoopConfig(batch_size=64, micro_batch_size=1, activations=activations)
+def _plan(stage: Stage) -> StagePlan:
+    """One sequence at a time, everything recomputed."""
+    loop = LoopConfig(batch_size=64, micro_batch_size=1, activations="full")
     first = preset(BASE).vocab_size
     config = preset(BASE, vocab_size=PIECES)
     return plan_stage(config, stage, loop, find_gpu(GPU), sequence_length=SEQUENCE, first_new_row=first)
 
 
-def equal_flops(work: Path, settings: int) -> dict[str, float]:
+def equal_flops(work: Path) -> dict[str, float]:
     """Tokens that a schedule sees for one of full fine-tuning, at the same FLOPs."""
-    schedules = cost(work, settings)["schedules"]
+    schedules = cost(work)["schedules"]
     return {name: schedules["full"]["flops_per_token"] / one["flops_per_token"] for name, one in schedules.items()}

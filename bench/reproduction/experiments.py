@@ -88,7 +88,7 @@ def schedules(prepared: Prepared, scales: Scales, budget: str) -> dict[str, Any]
     sizes = prepared.sizes
     factor, names = dict.fromkeys(SCHEDULES, 1.0), list(SCHEDULES)
     if budget == "flops":
-        factor = equal_flops(prepared.root, sizes.optimizers)
+        factor = equal_flops(prepared.root)
         names = [name for name in SCHEDULES if name not in BEHIND]
     step = sizes.batch_size * sizes.sequence_length
     conditions = {
@@ -140,11 +140,10 @@ def vocabulary(prepared: Prepared, scales: Scales) -> dict[str, Any]:
 
 
 def filtering(prepared: Prepared, scales: Scales) -> dict[str, Any]:
-    """Raw text, its prose alone, and what the filter keeps, at the same tokens."""
-    conditions = {name: _usual(prepared, scales, corpus=name) for name in ("filtered", "raw", "raw-prose")}
+    """Raw text, and what the filter keeps of it, at the same tokens."""
+    conditions = {name: _usual(prepared, scales, corpus=name) for name in ("filtered", "raw")}
     result = measured_conditions(prepared, conditions)
-    pairs = [("filtered", "raw"), ("filtered", "raw-prose")]
-    result["comparisons"] = _comparisons(result, pairs, "filtering at equal tokens")
+    result["comparisons"] = _comparisons(result, [("filtered", "raw")], "filtering at equal tokens")
     result["diversity"] = {name: prepared.diversity(name) for name in conditions}
     return result
 

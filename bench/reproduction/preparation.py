@@ -49,8 +49,6 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Of each Korean domain; twice as many of English."""
     stories: int = 12
     """Texts sampled from the base."""
-    optimizers: int = 3
-    """Settings of the optimizer that memory is planned with."""
 
 
 FULL = Sizes(
@@ -59,7 +57,7 @@ FULL = Sizes(
 )  # fmt: skip
 QUICK = Sizes(
     name="quick", source_megabytes=1, added=(4_000, 8_000, 12_000), trained_pieces=20_000, usual_added=8_000,
-    tokens=8_192, sweep_tokens=0, heldout_bytes=2_000, stories=4, optimizers=1,
+    tokens=8_192, sweep_tokens=0, heldout_bytes=2_000, stories=4,
 )  # fmt: skip
 
 
@@ -112,12 +110,11 @@ class Prepared:
         return folder
 
     def corpus(self, name: str) -> Iterator[tuple[str, str]]:
-        """Source and text of every document of a corpus: "raw", "raw-prose" (its sources of prose), "filtered"."""
-        files = [self.raw()] if name.startswith("raw") else sorted(self.filtered().glob("train-*.parquet"))
+        """Source and text of every document of a corpus, "raw" or "filtered"."""
+        files = [self.raw()] if name == "raw" else sorted(self.filtered().glob("train-*.parquet"))
         for file in files:
             for document in read_documents(file):
-                if name != "raw-prose" or document.source in PROSE:
-                    yield document.source, document.text
+                yield document.source, document.text
 
     def diversity(self, name: str) -> dict[str, float]:
         """Size, sources and variety of a corpus; topics are those of the raw one."""

@@ -56,7 +56,7 @@ def experiments_of(prepared: Prepared, wheels: Path | None) -> dict[str, Callabl
         "vocabulary": lambda: experiments.vocabulary(prepared, scales()),
         "filtering": lambda: experiments.filtering(prepared, scales()),
         "initialisation": lambda: experiments.initialisation(prepared, scales()),
-        "cost": lambda: cost(prepared.root, prepared.sizes.optimizers),
+        "cost": lambda: cost(prepared.root),
         "cost-proxy": lambda: small_cost(prepared),
         "schedules-flops": lambda: experiments.schedules(prepared, scales(), "flops"),
     }

@@ -11,8 +11,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAPER_RATIOS = {"kobest/boolq": 0.52, "kobest/copa": 0.71, "kobest/hellaswag": 0.50, "kobest/sentineg": 0.69}
 """Token ratio of RedWhale to SOLAR (arXiv 2408.11294), whose tokenizer is of Mistral's kind."""
 BUDGETS = ("tokens", "flops")
-CARDS = (24, 40, 48, 80, 141)
-"""GB of memory of one GPU."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -229,15 +227,23 @@ def filtering() -> list[str]:
 
 
 def memory() -> list[str]:
-    """With which optimizer each schedule fits which GPU at SOLAR's size, best first by equal tokens."""
+    """With which optimizer each schedule fits 80 GB at SOLAR's size, best first by equal tokens."""
     large = read("reproduction/cost")["schedules"]
     trained = read("reproduction/schedules-tokens")["conditions"]
     rows = []
     for name in sorted(trained, key=lambda name: trained[name]["after korean bits_per_byte"]["mean"]):
-        need = {key.removesuffix(" bytes"): size for key, size in large[name].items() if key.endswith(" bytes")}
-        fits = [next((way for way, size in need.items() if size <= card * 1e9), "") for card in CARDS]
-        rows.append([name, spread(trained[name]["after korean bits_per_byte"]), *fits])
-    return table(["schedule", "Korean at equal tokens", *(f"{card} GB" for card in CARDS)], rows)
+        one = large[name]
+        settings = [stage.get("setting", "") for stage in one["stages"]]
+        rows.append(
+            [
+                name,
+                spread(trained[name]["after korean bits_per_byte"]),
+                f"{one['adamw_bytes'] / 1e9:.0f}",
+                " and ".join(dict.fromkeys(settings)),
+                f"{one['bytes'] / 1e9:.0f}" if "bytes" in one else "",
+            ]
+        )
+    return table(["schedule", "Korean at equal tokens", "GB with AdamW", "fits 80 GB with", "GB"], rows)
 
 
 def cost() -> list[str]:
@@ -249,7 +255,7 @@ def cost() -> list[str]:
         rows.append(
             [
                 name,
-                *(f"{size / 1e9:.0f}" for key, size in one.items() if key.endswith(" bytes")),
+                f"{one['adamw_bytes'] / 1e9:.0f}",
                 f"{one['flops_per_token'] / 1e9:.1f}",
                 "" if speed is None else f"{speed:,.0f}",
                 "" if speed is None else f"{9.7e9 / speed / 3600:,.0f}",
@@ -257,8 +263,7 @@ def cost() -> list[str]:
                 f"{small[name]['tokens_per_cpu_second']:,.0f}",
             ]
         )
-    ways = [f"GB, {key.removesuffix(' bytes')}" for key in large["full"] if key.endswith(" bytes")]
-    head = ["schedule", *ways, "GF a token", "tokens/s", "hours for 9.7 billion"]
+    head = ["schedule", "GB with AdamW", "GF a token", "tokens/s in 80 GB", "hours for 9.7 billion"]
     return table([*head, "proxy, MB", "proxy, tokens a CPU second"], rows)
 
 
