@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    # Training asks the garbage collector to go through everything; what was imported need not be part of that.
+@pytest.fixture(autouse=True, scope="module")
+def no_old_objects_for_the_garbage_collector() -> None:
+    """Training asks the collector to go through everything; what earlier modules imported need not be part of that."""
     gc.collect()
     gc.freeze()

@@ -145,18 +145,11 @@ def test_rules_have_distinct_names_and_say_what_they_measure():
     ["ㅋ", " ", "가 ", "!", "...\n", "\n", "\u200d", "<", "가\u0301", "아 이 ", "1", "\t x"],
     ids=repr,
 )
-def test_time_grows_linearly_on_repeated_characters(unit):
-    def seconds(characters: int) -> float:
-        text = "x" + unit * (characters // len(unit)) + "x"
-        best = float("inf")
-        for _ in range(3):
-            start = time.process_time()
-            document = prepare(normalize_text(text))
-            for rule in RULES.values():
-                rule.score(document)
-            best = min(best, time.process_time() - start)
-        return best
-
-    seconds(1000)
-    # Four times the text: linear work takes 4 times as long, quadratic work 16 times.
-    assert seconds(200_000) < 10 * max(seconds(50_000), 0.002)
+def test_half_a_million_repeated_characters_take_no_quadratic_work(unit):
+    text = "x" + unit * (500_000 // len(unit)) + "x"
+    start = time.process_time()
+    document = prepare(normalize_text(text))
+    for rule in RULES.values():
+        rule.score(document)
+    # Linear work takes a tenth of a second, quadratic work minutes: no load on the machine brings one near the other.
+    assert time.process_time() - start < 10
