@@ -56,7 +56,7 @@ def draw() -> None:
         runs = one["runs"]
         steps = [0, *(point[0] for point in runs[0]["curve"]), runs[0]["stages"][0]["steps"]]
         middle = [
-            sum(run["curve"][place][1]["bits_per_byte"] for run in runs) / len(runs)
+            sum(run["curve"][place][1]["korean"]["bits_per_byte"] for run in runs) / len(runs)
             for place in range(len(runs[0]["curve"]))
         ]
         ends = [one[f"{when} korean bits_per_byte"]["mean"] for when in ("before", "after")]

@@ -89,7 +89,7 @@ def initialisation() -> list[str]:
     result = read("reproduction/initialisation")
     rows = []
     for name, one in result["conditions"].items():
-        points = zip(*([f"{p[1]['bits_per_byte']:.3f}" for p in run["curve"]] for run in one["runs"]), strict=True)
+        points = zip(*([f"{p[1]['korean']['bits_per_byte']:.3f}" for p in run["curve"]] for run in one["runs"]), strict=True)
         middle = [_mean_of(values) for values in points]
         verdict = difference(result, f"initialisation after training: decomposition against {name}")
         rows.append(
