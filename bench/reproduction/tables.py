@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def initialisation() -> list[str]:
     result = read("reproduction/initialisation")
     rows = []
     for name, one in result["conditions"].items():
-        points = zip(*([f"{p[1]['korean']['bits_per_byte']:.3f}" for p in run["curve"]] for run in one["runs"]), strict=True)
-        middle = [_mean_of(values) for values in points]
+        curves = ([found["korean"]["bits_per_byte"] for _, found in run["curve"]] for run in one["runs"])
+        middle = [f"{statistics.mean(bits):.3f}" for bits in zip(*curves, strict=True)]
         verdict = difference(result, f"initialisation after training: decomposition against {name}")
         rows.append(
             [
@@ -108,10 +109,6 @@ def initialisation() -> list[str]:
     last = next(iter(result["conditions"].values()))["runs"][0]["stages"][0]["steps"]
     head = ["embedding/head", "loss", "accuracy", "bits per byte", *(f"step {step}" for step in steps)]
     return table([*head, f"step {last}", "decomposition less this", "verdict"], rows)
-
-
-def _mean_of(values: Sequence[str]) -> str:
-    return f"{sum(map(float, values)) / len(values):.3f}"
 
 
 def stage_losses() -> list[str]:
