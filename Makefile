@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test reproduce install clean
 
 demo: install
 	$(BIN)/python recipes/quickstart_data.py
@@ -15,6 +15,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The experiments of docs/reproduction.md at a reduced size; DATA is the folder that the page describes.
+reproduce: install
+	$(BIN)/python bench/reproduction/run.py --quick --data $(DATA)
 
 install: $(VENV)/.installed
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -40,6 +39,7 @@ from .recipe import Recipe
 from .run_folder import write_json
 from .shards import TokenShards, write_shard
 from .stages import Positive, Stage
+from .statistics import t_interval
 from .trainer import Trainer
 
 EVERYTHING, NOTHING = "everything", "nothing"
@@ -48,8 +48,6 @@ _BOS, _EOS, _FIRST_BYTE = 1, 2, 3
 _VOCABULARY = 256 + _FIRST_BYTE
 _BYTES_TOKENIZER = hashlib.sha256(b"bytes").hexdigest()
 _TOPIC_DOCUMENTS = 4_000
-# Two-sided 95% quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class AblationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -298,10 +296,6 @@ def _variant(name: str, found: Mapping[str, Any], everything: Mapping[str, Any])
     summary = msgspec.convert(found["summary"], FilterSummary)
     bits = [_mean_of_domains(one) for one in found["bits"]]
     differences = [one - _mean_of_domains(base) for one, base in zip(bits, everything["bits"], strict=True)]
-    interval = None
-    if len(bits) > 1:
-        quantile = _T95[min(len(bits) - 2, len(_T95) - 1)]
-        interval = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
     return Variant(
         name=name,
         documents=summary.documents_out,
@@ -310,7 +304,7 @@ def _variant(name: str, found: Mapping[str, Any], everything: Mapping[str, Any])
         by_domain={domain: [one[domain] for one in found["bits"]] for domain in found["bits"][0]},
         mean=statistics.mean(bits),
         difference=statistics.mean(differences),
-        interval=interval,
+        interval=t_interval(differences),
         distinct_ngrams=found["distinct_ngrams"],
         topic_coverage=found["topic_coverage"],
     )

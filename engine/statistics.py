@@ -36,6 +36,19 @@ def mean_and_stderr(values: Sequence[float] | np.ndarray) -> tuple[float, float]
     return float(array.mean()), stderr
 
 
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t_interval(values: Sequence[float]) -> float | None:
+    """Half the width of the two-sided 95 % interval of the mean by Student's t; None for a single value.
+
+    From ten degrees of freedom on it is a little too wide.
+    """
+    if len(values) < 2:
+        return None
+    return _T95[min(len(values) - 2, len(_T95) - 1)] * mean_and_stderr(values)[1]
+
+
 def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:
     """Mean of F1 = 2 TP / (2 TP + FP + FN) over the labels in either list, as scikit-learn's `average="macro"`."""
     gold_array, predicted_array = np.asarray(gold), np.asarray(predicted)

@@ -42,22 +42,29 @@ def coinciding(rows: Tensor, base_rows: Tensor, tolerance: float = TOLERANCE) ->
     others = torch.cat((base, fresh))
     others = torch.cat((others, others.square().sum(1, keepdim=True)), 1)
     seekers = torch.cat((2 * fresh, -torch.ones(len(fresh), 1)), 1)
+
+    def coincide(number: Tensor, place: Tensor) -> Tensor:
+        """Whether new rows `number` are those at `place` in `others`, each with its own."""
+        is_base = place < len(base)
+        second = rows[left[(place - len(base)).clamp_min(0)]].float()
+        second[is_base] = base_rows[place[is_base]].float()
+        first = rows[number].float()
+        return (first - second).norm(dim=1) <= tolerance * first.norm(dim=1)
+
     for begin in range(0, len(left), _BLOCK):
         end = min(begin + _BLOCK, len(left))
         near = seekers[begin:end] @ others[: len(base) + end].T >= least[begin:end, None]
         near[:, len(base) + begin :] = near[:, len(base) + begin :].tril(-1)  # earlier rows alone
         seeking = near.any(1).nonzero()[:, 0]
+        # One candidate each to begin with: where a base has thousands of rows alike, it settles most.
+        number = left[begin + seeking]
+        found[number] = coincide(number, near[seeking].int().argmax(1))
+        seeking = seeking[~found[number]]
         one, other = near[seeking].nonzero(as_tuple=True)
-        one = seeking[one]
-        for pairs in range(0, len(one), _BLOCK):
-            number = left[begin + one[pairs : pairs + _BLOCK]]
-            place = other[pairs : pairs + _BLOCK]
-            is_base = place < len(base)
-            second = rows[left[(place - len(base)).clamp_min(0)]].float()
-            second[is_base] = base_rows[place[is_base]].float()
-            first = rows[number].float()
-            coincide = (first - second).norm(dim=1) <= tolerance * first.norm(dim=1)
-            found[number[coincide]] = True
+        number = left[begin + seeking[one]]
+        for pairs in range(0, len(number), _BLOCK):
+            some = number[pairs : pairs + _BLOCK]
+            found[some[coincide(some, other[pairs : pairs + _BLOCK])]] = True
     return found
 
 

@@ -14,7 +14,8 @@ import pytest
 PROJECT = Path(__file__).parents[2]
 BENCH = PROJECT / "bench"
 SCRIPTS = sorted(path for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
-RESULTS = sorted((BENCH / "results").glob("*.json"))
+SCRIPTS.append(BENCH / "reproduction" / "run.py")
+RESULTS = sorted((BENCH / "results").rglob("*.json"))
 LOG = PROJECT / "docs" / "log.md"
 
 
@@ -44,7 +45,7 @@ NEEDS_A_GPU = {"bench/full_size.py"}
 
 
 def test_every_script_has_its_result():
-    scripts = {f"bench/{script.name}" for script in SCRIPTS}
+    scripts = {script.relative_to(PROJECT).as_posix() for script in SCRIPTS}
     assert {read(path)["script"] for path in RESULTS} | NEEDS_A_GPU == scripts
 
 

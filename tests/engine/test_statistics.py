@@ -7,9 +7,15 @@ import pytest
 
 from redwhale.engine.few_shot import with_examples
 from redwhale.engine.multiple_choice import EvaluationDataError, MultipleChoiceItem
-from redwhale.engine.statistics import compare_paired
+from redwhale.engine.statistics import compare_paired, t_interval
 
 ITEMS = [MultipleChoiceItem(f"물음 {i}:", (" 예", " 아니오"), i % 2) for i in range(9)]
+
+
+def test_an_interval_over_seeds_is_students():
+    # Standard error of 1, 2, 3: 1 / √3; the 97.5% quantile of two degrees of freedom is 4.303.
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert t_interval([1.0]) is None
 
 
 def test_mcnemar_counts_the_items_that_changed():
