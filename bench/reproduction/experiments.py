@@ -19,6 +19,8 @@ from redwhale.model.init_methods import PAPER_METHODS
 
 INITS = (*PAPER_METHODS, "mean/mean+prior")
 """What stands for the paper's five, and ours."""
+INIT_STEPS, INIT_CURVE = 16, (4, 8)
+"""Of a training run, the same at every size: the order of the methods turns within the first few steps."""
 ENGLISH = (0.0, 0.05, 0.1, 0.25)
 FIRST_SCALE, FIRST_ROWS_SCALE = 10.0, 3.0
 """Where the searches for learning rates begin: factors on the plans' rates."""
@@ -152,10 +154,9 @@ def initialisation(prepared: Prepared, scales: Scales) -> dict[str, Any]:
     """Methods for the new rows, before training and along the stage that trains embedding and head."""
     sizes = prepared.sizes
     step = sizes.batch_size * sizes.sequence_length
-    steps = sizes.tokens // 3 // step
-    curve = tuple(sorted({max(1, steps // part) for part in (4, 2)}))
     conditions = {
-        name: _usual(prepared, scales, init=name, schedule=ROWS, tokens=steps * step, curve=curve) for name in INITS
+        name: _usual(prepared, scales, init=name, schedule=ROWS, tokens=INIT_STEPS * step, curve=INIT_CURVE)
+        for name in INITS
     }
     result = measured_conditions(prepared, conditions)
     comparisons = []
