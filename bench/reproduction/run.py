@@ -2,8 +2,8 @@
 
 Without names all experiments run. What is finished is kept in the work folder, run by run, and not done again. At full
 size the results are written to bench/results/reproduction; with --quick they stay in the work folder, in one for each
-state of the code. Either way they are compared with those that were there before, and the exit code is 1 if a
-conclusion turned round.
+state of the code, and of all together a summary is written to bench/results. Either way they are compared with those
+that were there before, and the exit code is 1 if a conclusion turned round.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
     known = experiments_of(prepared, given.wheels)
     if unknown := sorted(set(given.experiments) - set(known)):
         raise SystemExit(f"there is no experiment {unknown[0]!r}; known: {', '.join(known)}")
-    turned, left_open, conclusions = [], 0, 0
+    turned, left_open, conclusions, seconds = [], [], 0, {}
     for name in given.experiments or known:
         if given.quick and name == "learning_rates":
             continue
@@ -86,13 +86,14 @@ def main() -> None:
         committed = COMMITTED / f"{name}.json"
         before = verdicts(json.loads(committed.read_text(encoding="utf-8"))) if committed.exists() else {}
         changed, open_ones = changes(before, verdicts(result))
-        print(f"{name}: {time.monotonic() - began:.0f} s, {len(result['comparisons'])} conclusions", flush=True)
+        seconds[name] = round(time.monotonic() - began, 1)
+        print(f"{name}: {seconds[name]:.0f} s, {len(result['comparisons'])} conclusions", flush=True)
         for sentence in open_ones:
             print(f"  open at this size, or newly decided: {sentence}")
         for sentence in changed:
             print(f"  CHANGED: {sentence}")
         turned += changed
-        left_open += len(open_ones)
+        left_open += open_ones
         conclusions += len(result["comparisons"])
         if given.quick:
             write_json(prepared.root / f"{name}.json", result)
@@ -100,7 +101,10 @@ def main() -> None:
             write_result(
                 f"reproduction/{name}", __file__, result, data=[given.data, given.work, *filter(None, [given.wheels])]
             )
-    print(f"{conclusions} conclusions: {len(turned)} turned round, {left_open} reached by one of the two alone")
+    print(f"{conclusions} conclusions: {len(turned)} turned round, {len(left_open)} reached by one of the two alone")
+    if given.quick and not given.experiments:
+        whole = {"seconds": seconds, "conclusions": conclusions, "turned": turned, "open": left_open}
+        write_result("reproduction_quick", __file__, whole, data=[given.data, given.work])
     sys.exit(1 if turned else 0)
 
 
