@@ -29,7 +29,7 @@ PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
-def cluster(_s3_server, tmp_path_factory):
+def cluster(no_other_cluster, _s3_server, tmp_path_factory):
     """A head and two more nodes with a core each, to which this process is connected; they reach an S3."""
     from ray.cluster_utils import Cluster
 

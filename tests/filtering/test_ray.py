@@ -13,6 +13,7 @@ pytest.importorskip("ray", reason='the engine "ray" needs the extra scale')
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_other_cluster")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_ray_keeps_the_same_documents_byte_for_byte_from_the_disk_and_from_s3(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
