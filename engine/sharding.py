@@ -65,7 +65,6 @@ class ShardedModel(Parts):
         self.model, self.world, self.device = model, world, world.device
         self._group = mesh["shard"].get_group()
         self._shard, self._shards = mesh.get_local_rank("shard"), mesh["shard"].size()
-        self._replica = mesh.get_local_rank("replicate") if loop.replicate > 1 else 0
         selected = select_parameters(model, stage.train, first_new_row=first_new_row)
         self._whole = {name for name in selected if self._is_kept_whole(name, selected[name], stage)}
         kept = {name.partition("[")[0] for name in self._whole}

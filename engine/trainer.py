@@ -360,8 +360,8 @@ class Trainer:
         Returns:
             Steps after which it was saved; None if there is none.
         """
-        with self._new_store() as store:
-            loaded = store.load(None, self.train_step.wanted)
+        with self._new_store() as self._store:
+            loaded = self._load()
         if loaded is None:
             return None
         step = loaded[1]["step"]

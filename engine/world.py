@@ -29,8 +29,6 @@ class World:
 
     rank = 0
     size = 1
-    failed = False
-    """Whether a process has told of an error."""
     device: torch.device | None = None
     """Of this process, once `start` has said so; None for the one that a model is on."""
 
@@ -38,6 +36,11 @@ class World:
     def is_first(self) -> bool:
         """Whether this process does what is done once: other steps, metrics, reports."""
         return self.rank == 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether a process has told of an error."""
+        return False
 
     def start(self, device: torch.device) -> torch.device:
         """The device of this process, where a recipe means `device`; opens the connections between the processes."""
@@ -195,7 +198,7 @@ class DistributedWorld(World):
             return True
 
     @property
-    def failed(self) -> bool:  # type: ignore[override]
+    def failed(self) -> bool:
         """See `World`."""
         try:
             return self._store.check([_FAILED])
